@@ -1,0 +1,208 @@
+"""The maths of SR-MoE on tensors, equations 3 to 6, each as one function.
+
+Source of every equation number: Delibasoglu, "Spectral Manifold Regularization for Stable and Modular Routing in Deep MoE
+Architectures", arXiv:2601.03889. Shapes: `*` any leading dimensions, K experts, T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ._spectrum import spectral_values
+
+__all__ = ["load_balance_loss", "spectral_norm", "spectral_rank_penalty", "stable_rank"]
+
+
+def spectral_norm(weight: Tensor) -> Tensor:
+    r"""Largest singular value of each matrix, :math:`\sigma_{max}(W) = \lVert W \rVert_2`.
+
+    Exact, with the closed-form gradient :math:`u v^\top`. Computed in float32 (float64 for float64 input) whatever the
+    autocast state, for entries from 1e-18 to 1e+18; half precision is upcast first.
+
+    **Shape**
+        - Input: `(*, m, n)`, floating point. The side that is shorter does not matter.
+        - Output: `(*)`, float32 or float64, in `[0, inf)`. The zero matrix gives 0 with gradient 0; NaN or inf gives NaN.
+
+    Raises:
+        ValueError: fewer than two dimensions, or an empty matrix.
+        TypeError: not floating point.
+        RuntimeError: on differentiating the gradient again (there is no closed form for it here).
+
+    Source:
+        the norm of equation 3.
+
+    >>> spectral_norm(torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]))
+    tensor(4.)
+    """
+    return _values(weight)[0]
+
+
+def stable_rank(weight: Tensor) -> Tensor:
+    r"""Stable rank of each matrix, :math:`R(W) = \lVert W \rVert_F^2 / \sigma_{max}(W)^2`.
+
+    How many directions a matrix uses, softly: 1 when one direction holds all its energy, `min(m, n)` when all singular
+    values are equal. Scale-free and never above the rank. Its gradient, :math:`(2/\sigma^2)(W - R \sigma u v^\top)`, is
+    zero at rank one: it keeps a router from collapsing, it does not revive one that has.
+
+    **Shape**
+        - Input: `(*, m, n)`, floating point.
+        - Output: `(*)`, float32 or float64, in `[1, min(m, n)]`; 0 for the zero matrix; NaN for NaN or inf.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `spectral_norm`.
+
+    Source:
+        equation 4.
+
+    >>> stable_rank(torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]))  # (9 + 16) / 16
+    tensor(1.5625)
+    """
+    return _values(weight)[1]
+
+
+def spectral_rank_penalty(
+    weight: Tensor,
+    sigma_target: float | Tensor = 1.0,
+    rank_target: float | None = None,
+    *,
+    relative: bool = False,
+) -> Tensor:
+    r"""Squared distance of spectral norm and stable rank from their targets, for each matrix.
+
+    .. math:: (\sigma_{max}(W) - \sigma_t)^2 + (R(W) - \rho_t)^2
+
+    With the default targets it is zero exactly where the rows (for K <= d) are orthonormal.
+
+    NOTE[DIFF]: The paper calls W "the linear gate parameters" in 3.2 and has prototypes in place of a linear gate in 3.1.3.
+    Read here: W is the matrix of the router whatever its kind, prototypes or gate weight, one row an expert.
+
+    **Shape**
+        - weight: `(*, m, n)`, floating point.
+        - Output: `(*)`, float32 or float64, at least 0; NaN for NaN or inf.
+
+    Args:
+        weight: the matrices :math:`W_l`.
+        sigma_target: :math:`\sigma_t`, at least 0 (above 0 if `relative`), or a tensor of them that broadcasts to `(*)`. The
+            paper prints no value; "singular values near unity" in its introduction suggests 1.
+        rank_target: :math:`\rho_t` in `[1, min(m, n)]`; None is `min(m, n)`, the largest that can be reached. A lower target is
+            met by letting some experts' rows vanish.
+        relative: divide both deviations by their targets. The raw rank term grows as K^2 ((K - 1)^2 at collapse), so a raw
+            coefficient cannot be shared between routers with different K; the relative one lies in `[0, 1]` for every K.
+
+    Raises:
+        ValueError: a target out of its range; and as `spectral_norm`.
+        TypeError, RuntimeError: as `spectral_norm`.
+
+    Source:
+        equations 3 + 5.
+
+    >>> spectral_rank_penalty(torch.eye(4, 16))
+    tensor(0.)
+    >>> spectral_rank_penalty(3 * torch.eye(4, 16))  # (3 - 1)^2
+    tensor(4.)
+    """
+    check_targets(sigma_target, rank_target, relative)
+    sigma, rank = _values(weight)
+    return deviation(sigma, rank, sigma_target, resolve_rank_target(rank_target, weight), relative)
+
+
+def load_balance_loss(probs: Tensor, mask: Tensor | None = None, *, unbiased: bool = False) -> Tensor:
+    r"""Squared coefficient of variation of the experts' mean probability.
+
+    .. math:: L_{div} = (\mathrm{std}(P) / \mathrm{mean}(P))^2, \qquad P_i = \tfrac{1}{T} \sum_t w_i^{(t)}
+
+    0 when every expert gets the same share, `K - 1` (`K` if `unbiased`) when one expert gets everything. It depends on the
+    shares only, so rows need not sum to one. No tokens, or one expert, gives 0.
+
+    NOTE[DIFF]: The paper does not say which std. The default divides by K, which is also what makes K = 1 well defined;
+    `unbiased=True` divides by K - 1, as `torch.std` does.
+
+    **Shape**
+        - probs: `(*, K)`, the probabilities over ALL experts, at least 0, of any floating dtype; summed in float32 or better.
+        - mask: `(*)`, bool or 0/1; True (1) marks the tokens that count. Masked rows are never read, whatever they hold.
+        - Output: scalar, float32 or float64, in `[0, K - 1]` (`[0, K]`); NaN if a counted row holds NaN.
+
+    Raises:
+        ValueError: no expert dimension, or a mask of another shape than `(*)`.
+        TypeError: probs not floating point.
+
+    Source:
+        equation 6.
+
+    >>> load_balance_loss(torch.tensor([[0.5, 0.5], [0.5, 0.5]]))
+    tensor(0.)
+    >>> load_balance_loss(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    tensor(1.)
+    """
+    if probs.ndim < 1 or probs.shape[-1] < 1:
+        raise ValueError(f"probs must have shape (*, experts) with at least one expert, got shape {tuple(probs.shape)}")
+    if not probs.is_floating_point():
+        raise TypeError(f"probs must be floating point, got {probs.dtype}; pass probabilities, not expert indices")
+    if mask is not None:
+        if mask.shape != probs.shape[:-1]:
+            raise ValueError(
+                f"mask must have the shape of probs without its last dimension, {tuple(probs.shape[:-1])}, "
+                f"got {tuple(mask.shape)}; reshape it to one entry a token"
+            )
+        probs = torch.where(mask.bool()[..., None], probs, 0)
+    num_experts = probs.shape[-1]
+    importance = rearrange(probs, "... k -> (...) k").sum(0, dtype=_at_least_float32(probs.dtype))
+    mean = importance.mean()
+    share = importance / torch.where(mean == 0, 1, mean)
+    divisor = max(num_experts - 1, 1) if unbiased else num_experts
+    return torch.where(mean == 0, mean, (share - 1).square().sum() / divisor)
+
+
+def as_fat_batch(weight: Tensor) -> Tensor:
+    """`(*, m, n)` of any floating dtype -> `(B, short, long)` in float32 or float64, or a clear error."""
+    if weight.ndim < 2 or 0 in weight.shape[-2:]:
+        raise ValueError(f"weight must hold matrices, shape (*, m, n) with m, n >= 1, got shape {tuple(weight.shape)}")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be floating point, got {weight.dtype}; dequantise or convert it first")
+    weight = rearrange(weight, "... m n -> (...) m n").to(_at_least_float32(weight.dtype))
+    return weight if weight.shape[-2] <= weight.shape[-1] else weight.mT
+
+
+def check_targets(sigma_target: float | Tensor, rank_target: float | None, relative: bool) -> None:
+    """The part of the targets' rules that needs no weight."""
+    if not isinstance(sigma_target, Tensor):
+        if not 0 <= sigma_target < float("inf"):
+            raise ValueError(f"sigma_target must be a finite number of at least 0, got {sigma_target=}")
+        if relative and sigma_target == 0:
+            raise ValueError("sigma_target must be above 0 when relative=True, got sigma_target=0; it is divided by")
+    if rank_target is not None and not rank_target >= 1:
+        raise ValueError(f"rank_target must be at least 1, the least stable rank there is, got {rank_target=}")
+
+
+def resolve_rank_target(rank_target: float | None, weight: Tensor, *, centered: bool = False) -> float:
+    """The rank target for matrices of this shape; by default the largest one they can reach."""
+    rows, columns = weight.shape[-2:]
+    reachable = max(1, min(rows - centered, columns))
+    if rank_target is None:
+        return float(reachable)
+    if rank_target > reachable:
+        limit = "min(num_experts - 1, dim)" if centered else "min(num_experts, dim)"
+        raise ValueError(
+            f"rank_target must be at most {limit} = {reachable}, the largest stable rank that a matrix of shape "
+            f"({rows}, {columns}) can reach, got {rank_target=}"
+        )
+    return float(rank_target)
+
+
+def deviation(sigma: Tensor, rank: Tensor, sigma_target: float | Tensor, rank_target: float, relative: bool) -> Tensor:
+    """Equations 3 + 5 from values already computed."""
+    off_sigma, off_rank = sigma - sigma_target, rank - rank_target
+    if relative:
+        off_sigma, off_rank = off_sigma / sigma_target, off_rank / rank_target
+    return off_sigma.square() + off_rank.square()
+
+
+def _values(weight: Tensor) -> tuple[Tensor, Tensor]:
+    sigma, rank, _ = spectral_values(as_fat_batch(weight))
+    return sigma.reshape(weight.shape[:-2]), rank.reshape(weight.shape[:-2])
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32

@@ -1,0 +1,190 @@
+"""What reads router weights. A penalty is any callable (weights of all gates) -> scalar, the sum over gates, unweighted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+from . import functional
+from ._spectrum import spectral_values, warm_start
+
+__all__ = ["SpectralRankPenalty"]
+
+
+class SpectralRankPenalty(nn.Module):
+    r"""Pulls the spectral norm and the stable rank of every router weight to targets.
+
+    .. math:: \sum_l (\sigma_{max}(W_l) - \sigma_t)^2 + (R(W_l) - \rho_t)^2
+
+    Matrices of equal shape are computed in one batch: the number of tensor operations does not grow with the number of
+    gates. Values and gradients are those of `functional.spectral_rank_penalty`.
+
+    **Shape**
+        - Input: a `(*, K, d)` tensor, or an iterable of matrices `(K_i, d_i)` of any shapes, floating point.
+        - Output: scalar, float32 (float64 if any matrix is), at least 0; NaN if a matrix holds NaN or inf.
+
+    Args:
+        sigma_target: :math:`\sigma_t`, at least 0; or "initial": each matrix is held at the spectral norm it has when first
+            seen (at 1 if it is zero then), because pulling a pretrained gate from 20 to 1 would flatten its routing. The
+            anchors are a buffer, `anchor`, part of `state_dict`.
+        rank_target: :math:`\rho_t`; None is the largest stable rank that each matrix can reach: `min(K, d)`, or
+            `min(K - 1, d)` if `center`.
+        relative: divide both deviations by their targets, so that one coefficient serves every K and every scale.
+        center: subtract the mean row first. Routing by distance does not change when all inputs and prototypes move
+            together, while R(W) does; the centred optimum is a simplex (cosines -1/(K-1)) instead of an orthogonal set.
+            The mean itself is then free to drift.
+        solver: "exact" (`eigh` of the Gram matrix), or "power": one warm-started power iteration a call, matmuls only and
+            no host synchronisation, for compiled or captured training with very many experts. Its iterates are buffers that
+            move and copy with the module and stay out of `state_dict`; its first call warms up by itself. It lags behind
+            weights that move fast: sigma then reads low and R high, up to its clamp at `min(K, d)`. It iterates in
+            training mode; in eval mode it reads without storing.
+
+    With `sigma_target="initial"` or `solver="power"` the module remembers its matrices by position: it belongs to one model,
+    and every call must pass the same matrices.
+
+    Raises:
+        ValueError: a target out of range, an unknown solver, no matrix, or other matrices than at the first call.
+        TypeError: a matrix that is not floating point.
+        RuntimeError: on differentiating the gradient again.
+
+    Source:
+        equations 3 + 5 of arXiv:2601.03889, summed over layers as in equation 7.
+
+    >>> gates = [torch.eye(4, 16), 2 * torch.eye(8, 32), torch.eye(4, 16)]
+    >>> SpectralRankPenalty()(gates)  # (2 - 1)^2
+    tensor(1.)
+    """
+
+    anchor: Tensor | None
+
+    def __init__(
+        self,
+        sigma_target: float | Literal["initial"] = 1.0,
+        rank_target: float | None = None,
+        *,
+        relative: bool = False,
+        center: bool = False,
+        solver: Literal["exact", "power"] = "exact",
+    ) -> None:
+        super().__init__()
+        if isinstance(sigma_target, str):
+            if sigma_target != "initial":
+                raise ValueError(f'sigma_target must be a number or "initial", got {sigma_target=}')
+            functional.check_targets(1.0, rank_target, relative)
+        else:
+            functional.check_targets(sigma_target, rank_target, relative)
+        if solver not in ("exact", "power"):
+            raise ValueError(f'solver must be "exact" or "power", got {solver=}')
+        self.sigma_target = sigma_target
+        self.rank_target = rank_target
+        self.relative = relative
+        self.center = center
+        self.solver = solver
+        self.register_buffer("anchor", None)
+
+    def forward(self, weights: Tensor | Iterable[Tensor]) -> Tensor:
+        groups = _by_shape([weights] if isinstance(weights, Tensor) else list(weights))
+        self._remember(groups)
+        total, first = None, 0
+        for index, batch in enumerate(groups):
+            last = first + len(batch)
+            term = self._group_penalty(batch, index, slice(first, last)).sum()
+            total = term if total is None else total + term.to(total)
+            first = last
+        assert total is not None
+        return total
+
+    def _group_penalty(self, batch: Tensor, index: int, members: slice) -> Tensor:
+        rank_target = functional.resolve_rank_target(self.rank_target, batch, centered=self.center)
+        if self.center:
+            batch = batch - reduce(batch, "b k d -> b 1 d", "mean")
+        fat = functional.as_fat_batch(batch)
+        if self.solver == "exact":
+            sigma, rank, _ = spectral_values(fat)
+        else:
+            sigma, rank = self._power_values(fat, f"iterate_{index}")
+        return functional.deviation(sigma, rank, self._sigma_target(sigma, members), rank_target, self.relative)
+
+    def _power_values(self, fat: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        if getattr(self, name, None) is None:
+            self.register_buffer(name, warm_start(fat), persistent=False)
+        iterate: Tensor = getattr(self, name)
+        sigma, rank, u = spectral_values(fat, iterate.to(fat))
+        if self.training:
+            # a NaN, or the zero matrix, must not stay in the iterate once the weights have recovered
+            usable = u.norm(dim=-1, keepdim=True) > 0
+            iterate.copy_(torch.where(usable, u, iterate.to(u)))
+        return sigma, rank
+
+    def _sigma_target(self, sigma: Tensor, members: slice) -> float | Tensor:
+        if isinstance(self.sigma_target, float | int):
+            return float(self.sigma_target)
+        assert self.anchor is not None
+        anchor = self.anchor[members].to(sigma)
+        seen = torch.where(sigma == 0, 1, sigma).detach()
+        # not-a-number marks the matrices not seen yet, or seen with NaN entries only
+        anchor = torch.where(anchor.isnan(), seen, anchor)
+        self.anchor[members].copy_(anchor)
+        return anchor
+
+    def _remember(self, groups: list[Tensor]) -> None:
+        """On the first call make room for what is kept for each matrix; later calls must bring the same matrices."""
+        if self.sigma_target != "initial" and self.solver != "power":
+            return
+        shapes = [tuple(batch.shape) for batch in groups]
+        known = getattr(self, "_shapes", None)
+        if known is None:
+            self._shapes = shapes
+        elif known != shapes:
+            raise ValueError(
+                f'with sigma_target="initial" or solver="power" every call must bring the matrices of the first call, shapes '
+                f"{known}, got {shapes}; use one SpectralRankPenalty for each model"
+            )
+        count = sum(len(batch) for batch in groups)
+        if self.sigma_target == "initial" and self.anchor is None:
+            dtype = torch.float64 if any(batch.dtype == torch.float64 for batch in groups) else torch.float32
+            self.anchor = torch.full((count,), float("nan"), dtype=dtype, device=groups[0].device)
+        elif self.anchor is not None and len(self.anchor) != count:
+            raise ValueError(f"the loaded state holds anchors of {len(self.anchor)} matrices, got {count} matrices")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralRankPenalty:
+        """`.to(device)` moves the buffers; `.half()` leaves them in full precision, as they are measurements."""
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Anchors exist from the first call on; a module that has made none yet must still be able to load them."""
+        loaded = state_dict.get(f"{prefix}anchor")
+        if loaded is not None and self.sigma_target == "initial" and self.anchor is None:
+            self.anchor = torch.empty_like(loaded)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return (
+            f"sigma_target={self.sigma_target!r}, rank_target={self.rank_target}, relative={self.relative}, "
+            f"center={self.center}, solver={self.solver!r}"
+        )
+
+
+def _by_shape(weights: list[Tensor]) -> list[Tensor]:
+    """One batch (B, K, d) for each distinct shape, dtype and device, in the order of first appearance."""
+    groups: dict[tuple[Any, ...], list[Tensor]] = {}
+    for position, weight in enumerate(weights):
+        if weight.ndim < 2:
+            raise ValueError(f"weights must be matrices (experts, dim), got shape {tuple(weight.shape)} at position {position}")
+        groups.setdefault((weight.shape, weight.dtype, weight.device), []).append(weight)
+    if not groups:
+        raise ValueError("weights must hold at least one matrix, got none")
+    return [
+        rearrange(group, "g ... k d -> (g ...) k d") if len(group) > 1 else rearrange(group[0], "... k d -> (...) k d")
+        for group in groups.values()
+    ]

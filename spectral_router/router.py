@@ -1,0 +1,222 @@
+"""PrototypeRouter: a gate that sends each token to the experts whose prototypes are nearest."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+__all__ = ["PrototypeRouter", "RouterOutput"]
+
+Metric = Literal["euclidean", "sqeuclidean", "cosine", "dot"]
+_METRICS = ("euclidean", "sqeuclidean", "cosine", "dot")
+# Below this norm a vector has no direction to speak of: cosine scores, and their gradients, fade to zero.
+_COSINE_EPS = 1e-6
+
+
+class RouterOutput(NamedTuple):
+    """What a router returns for inputs `(*, D)`.
+
+    logits: `(*, K)`, raw scores divided by the temperature, float32 (float64 for float64 input).
+    probs: `(*, K)`, softmax of the logits over ALL experts, same dtype. The balance loss reads these.
+    weights: `(*, top_k)`, or `(*, K)` for soft routing: combine weights, rows sum to one, in the dtype of the input.
+    indices: the same shape, int64: the experts that the weights belong to, best first; for soft routing 0 ... K-1.
+    """
+
+    logits: Tensor
+    probs: Tensor
+    weights: Tensor
+    indices: Tensor
+
+
+class PrototypeRouter(nn.Module):
+    r"""Routes by distance to learnable prototypes, one an expert.
+
+    .. math:: w_i = \frac{\exp(-\lVert z - \mu_i \rVert_2 / \tau)}{\sum_j \exp(-\lVert z - \mu_j \rVert_2 / \tau)}
+
+    **Shape**
+        - Input: `(*, dim)`, floating point.
+        - Output: `RouterOutput`. Scores are computed in float32 (float64 for float64 input) also under autocast.
+        - No `(tokens, experts, dim)` tensor is ever made.
+
+    Args:
+        dim: D, the length of an input vector.
+        num_experts: K, the number of prototypes :math:`\mu_i`.
+        top_k: None is soft routing, all experts weighted: equation 1 sums over all of them. An integer in `[1, K]` keeps the
+            `top_k` best, their weights renormalised to sum to one.
+        temperature: :math:`\tau > 0`, in units of the score. The paper prints no value. With inputs from a LayerNorm
+            (norm `sqrt(dim)`) and prototypes of norm near 1, distances differ by about `1 / sqrt(dim)`, so that 1.0 routes
+            almost evenly. "auto" sets it, whenever the prototypes are initialised, so that the scores of LayerNorm'd
+            inputs have a standard deviation near 1: with r the root mean square norm of the prototypes,
+            `r / sqrt(dim)` for euclidean, `2 r` for sqeuclidean, `1 / sqrt(dim)` for cosine, `r` for dot.
+        learnable_temperature: train the temperature, as `log_temperature`.
+        metric: the score that is divided by the temperature,
+            "euclidean": :math:`-\lVert z - \mu_i \rVert`, the paper;
+            "sqeuclidean": :math:`2 z \cdot \mu_i - \lVert \mu_i \rVert^2`, which is :math:`-\lVert z - \mu_i \rVert^2` up to
+            :math:`\lVert z \rVert^2`, the same for every expert: equal probs, cheaper, and more exact near a prototype;
+            "cosine": the cosine of the angle; "dot": :math:`z \cdot \mu_i`, the usual linear gate without bias.
+
+    NOTE[DIFF]: The paper says that bounding the spectral norm bounds the Lipschitz constant of the routing. That holds for
+    "sqeuclidean" and "dot". With the unsquared distance of equation 2 each score changes by at most :math:`1/\tau` per unit
+    of input, whatever the prototypes are.
+
+    Attributes:
+        prototypes: parameter `(num_experts, dim)`: what `SpectralRankPenalty` takes.
+        log_temperature: scalar parameter if `learnable_temperature`, else a buffer.
+
+    Raises:
+        ValueError: an argument out of its range, or an input whose last dimension is not `dim`.
+
+    Source:
+        equation 2 of arXiv:2601.03889.
+
+    >>> router = PrototypeRouter(dim=16, num_experts=4, top_k=2)
+    >>> logits, probs, weights, indices = router(torch.randn(8, 10, 16))
+    >>> probs.shape, weights.shape, indices.shape
+    (torch.Size([8, 10, 4]), torch.Size([8, 10, 2]), torch.Size([8, 10, 2]))
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        top_k: int | None = None,
+        temperature: float | Literal["auto"] = 1.0,
+        learnable_temperature: bool = False,
+        metric: Metric = "euclidean",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dim < 1 or num_experts < 1:
+            raise ValueError(f"dim and num_experts must be at least 1, got {dim=}, {num_experts=}")
+        if top_k is not None and not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k must be between 1 and num_experts, got {top_k=}, {num_experts=}")
+        if metric not in _METRICS:
+            raise ValueError(f"metric must be one of {', '.join(_METRICS)}, got {metric=}")
+        if isinstance(temperature, str):
+            if temperature != "auto":
+                raise ValueError(f'temperature must be a number above 0 or "auto", got {temperature=}')
+        elif not 0 < temperature < math.inf:
+            raise ValueError(f'temperature must be a finite number above 0 or "auto", got {temperature=}')
+        self.dim = dim
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.metric: Metric = metric
+        self.initial_temperature = temperature
+        self.prototypes = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        log_temperature = torch.empty((), device=device, dtype=dtype)
+        if learnable_temperature:
+            self.log_temperature: Tensor = nn.Parameter(log_temperature)
+        else:
+            self.register_buffer("log_temperature", log_temperature)
+        self.reset_parameters()
+
+    @property
+    def temperature(self) -> Tensor:
+        """tau, a scalar tensor above 0, in float32 or better."""
+        return _full(self.log_temperature).exp()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw prototypes from a normal distribution of standard deviation `1 / sqrt(dim)`: norms near 1, nearly orthogonal,
+        so a spectral norm and a stable rank near the targets of `SpectralRankPenalty` for K well below `dim`."""
+        nn.init.normal_(self.prototypes, std=self.dim**-0.5)
+        self._reset_temperature()
+
+    @torch.no_grad()
+    def init_from(self, x: Tensor, *, generator: torch.Generator | None = None) -> PrototypeRouter:
+        """Place the prototypes on inputs that lie far apart, by k-means++ seeding, and return the router.
+
+        Each next prototype is one of the inputs, drawn with a probability proportional to its squared distance from the
+        nearest prototype so far (for metric "cosine", of the normalised inputs).
+
+        Args:
+            x: `(*, dim)` with at least `num_experts` vectors, all finite: typical inputs of this router.
+            generator: source of randomness, on the device of `x`; None uses PyTorch's global one.
+
+        Raises:
+            ValueError: wrong last dimension, too few vectors, or a vector that is not finite.
+
+        Source:
+            Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", 2007.
+        """
+        self._check(x)
+        points = _full(rearrange(x, "... d -> (...) d"))
+        if len(points) < self.num_experts:
+            raise ValueError(f"init_from needs at least num_experts vectors, got {len(points)}, {self.num_experts=}")
+        if not points.isfinite().all():
+            raise ValueError("init_from needs finite vectors, got NaN or inf in x; drop those rows first")
+        place = F.normalize(points, dim=-1) if self.metric == "cosine" else points
+        odds = torch.ones_like(place[:, 0])
+        nearest = torch.full_like(odds, math.inf)
+        for expert in range(self.num_experts):
+            # with fewer distinct vectors than experts every distance ends at zero: then any vector will do
+            odds = torch.where(odds.sum() > 0, odds, 1.0)
+            chosen = torch.multinomial(odds, 1, generator=generator)
+            self.prototypes[expert] = points[chosen[0]].to(self.prototypes)
+            nearest = torch.minimum(nearest, (place - place[chosen]).square().sum(-1))
+            odds = nearest / nearest.max().clamp_min(torch.finfo(nearest.dtype).tiny)
+        self._reset_temperature()
+        return self
+
+    def forward(self, x: Tensor) -> RouterOutput:
+        self._check(x)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = self._scores(_full(x), _full(self.prototypes)) / self.temperature
+            probs = logits.softmax(-1)
+            if self.top_k is None:
+                weights = probs
+                indices = torch.arange(self.num_experts, device=x.device).expand(probs.shape)
+            else:
+                best, indices = logits.topk(self.top_k, dim=-1)
+                # a softmax over the chosen logits sums to one even where all chosen probs have underflowed
+                weights = best.softmax(-1)
+        return RouterOutput(logits, probs, weights.to(x.dtype), indices)
+
+    def _scores(self, x: Tensor, prototypes: Tensor) -> Tensor:
+        if self.metric == "dot":
+            return F.linear(x, prototypes)
+        if self.metric == "cosine":
+            return F.linear(F.normalize(x, dim=-1, eps=_COSINE_EPS), F.normalize(prototypes, dim=-1, eps=_COSINE_EPS))
+        # |z|^2 - score is the squared distance
+        score = F.linear(x, 2 * prototypes, -prototypes.square().sum(-1))
+        if self.metric == "sqeuclidean":
+            return score
+        squared = x.square().sum(-1, keepdim=True) - score
+        # the clamp passes no gradient: zero distance gets gradient zero instead of 0/0
+        return -squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()
+
+    def _reset_temperature(self) -> None:
+        value = self.initial_temperature
+        if isinstance(value, str):
+            norm = _full(self.prototypes).square().sum(-1).mean().sqrt()
+            spread = {
+                "euclidean": norm / self.dim**0.5,
+                "sqeuclidean": 2 * norm,
+                "cosine": torch.full_like(norm, self.dim**-0.5),
+                "dot": norm,
+            }[self.metric]
+            self.log_temperature.copy_(torch.where(spread > 0, spread, 1.0).log())
+        else:
+            self.log_temperature.fill_(math.log(value))
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim < 1 or x.shape[-1] != self.dim:
+            raise ValueError(f"the last dimension of the input must be dim={self.dim}, got shape {tuple(x.shape)}")
+
+    def extra_repr(self) -> str:
+        learnable = isinstance(self.log_temperature, nn.Parameter)
+        return (
+            f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, "
+            f"temperature={self.initial_temperature!r}, learnable_temperature={learnable}, metric={self.metric!r}"
+        )
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,0 +1,175 @@
+"""Pictures in the manner of the paper's figures 2 to 4 and 6, and the training curves. Each shows what results.json says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from .storage import write_atomically
+
+PATHS_SHOWN = 12
+Results = dict[str, Any]
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Draw every figure into `folder`; return the files."""
+    figures: dict[str, Callable[[Results], Figure]] = {
+        "experts": experts,
+        "paths": paths,
+        "gradients": gradients,
+        "oneshot": oneshot,
+        "training": training,
+    }
+    drawn = []
+    for name, make in figures.items():
+        figure = make(results)
+        path = folder / f"{name}.png"
+        write_atomically(path, partial(figure.savefig, format="png", dpi=130))
+        plt.close(figure)
+        drawn.append(path)
+    return drawn
+
+
+def experts(results: Results) -> Figure:
+    """Figures 2 to 4, per expert: the share of each class's test images that each expert wins; mean over seeds."""
+    figure, panels = _panels(results, width=1 + 0.32 * results["config"]["layers"] * (results["config"]["experts"] + 0.8))
+    for axes, (router, runs) in zip(panels, results["runs"].items(), strict=True):
+        share = np.mean([run["routing"]["expert_share"] for run in runs], axis=0)  # (L, K, classes)
+        layers, each, _ = share.shape
+        places = np.concatenate([np.arange(each) + layer * (each + 0.8) for layer in range(layers)])
+        _stack(axes, places, share.reshape(layers * each, -1) / share.shape[-1], results["data"]["classes"])
+        axes.set_xticks(places, [f"E{expert + 1}" for _ in range(layers) for expert in range(each)], fontsize=7)
+        for layer in range(layers):
+            middle = layer * (each + 0.8) + (each - 1) / 2
+            axes.annotate(f"layer {layer + 1}", (middle, 0), (0, -22), textcoords="offset points", ha="center", fontsize=8)
+        axes.set_title(router)
+    panels[0].set_ylabel("share of the test images")
+    panels[-1].legend(title="class", fontsize=8)
+    figure.suptitle("Winning expert of each layer, by class")
+    return figure
+
+
+def paths(results: Results) -> Figure:
+    """Figures 2 to 4, per path: how many test images of each class take each path; all seeds are laid side by side."""
+    seeds = len(results["seeds"])
+    figure, grid = plt.subplots(
+        seeds,
+        len(results["runs"]),
+        figsize=(4.2 * len(results["runs"]), 1.2 + 2.4 * seeds),
+        layout="constrained",
+        squeeze=False,
+    )
+    for column, (router, runs) in enumerate(results["runs"].items()):
+        for axes, run in zip(grid[:, column], runs, strict=True):
+            counts = sorted(run["routing"]["path_counts"].items(), key=lambda item: -sum(item[1]))
+            shown = counts[:PATHS_SHOWN]
+            rest = np.sum([count for _, count in counts[PATHS_SHOWN:]], axis=0)
+            names = [name for name, _ in shown] + [f"{len(counts) - PATHS_SHOWN} more"] * (len(counts) > PATHS_SHOWN)
+            table = np.array([count for _, count in shown] + [rest] * (len(counts) > PATHS_SHOWN), dtype=float)
+            _stack(axes, np.arange(len(table)), table / table.sum(), results["data"]["classes"])
+            axes.set_xticks(np.arange(len(names)), names, rotation=60 if len(names) > 4 else 0, fontsize=7)
+            axes.set(
+                title=f"{router}, seed {run['seed']}: {len(counts)} paths", ylim=(0, 1), xlim=(-0.6, max(len(names), 4) - 0.4)
+            )
+            axes.title.set_fontsize(9)
+    grid[0, -1].legend(title="class", fontsize=7)
+    figure.suptitle("Path through the layers, by class (share of the test images)")
+    return figure
+
+
+def gradients(results: Results) -> Figure:
+    """Figure 6: norm of the gradient of equation 7 for each expert at a one-shot update; mean over novel images and seeds."""
+    means = {
+        router: np.mean([run["oneshot"]["gradient_norm"] for run in runs], axis=0) for router, runs in results["runs"].items()
+    }
+    finite = np.concatenate([mean[np.isfinite(mean) & (mean > 0)].ravel() for mean in means.values()])
+    top = finite.max(initial=1e-12)
+    # below a millionth of the largest all shades are one: such an expert does not learn
+    scale = LogNorm(max(finite.min(initial=top), 1e-6 * top) * 0.999, top)
+    layers, each = next(iter(means.values())).shape
+    figure, panels = _panels(results, width=1.2 + 0.75 * each, height=1.4 + 0.55 * layers)
+    for axes, (router, mean) in zip(panels, means.items(), strict=True):
+        image = axes.imshow(np.maximum(mean, scale.vmin or 0), norm=scale, cmap="viridis", aspect="auto")
+        for (layer, expert), value in np.ndenumerate(mean):
+            dark = np.isfinite(value) and scale(max(value, scale.vmin or 0)) < 0.6
+            axes.text(expert, layer, f"{value:.2g}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
+        axes.set_xticks(range(each), [f"E{expert + 1}" for expert in range(each)])
+        axes.set_yticks(range(layers), [f"L{layer + 1}" for layer in range(layers)])
+        axes.set_title(router)
+    figure.colorbar(image, ax=panels, label="gradient norm (log scale)")
+    figure.suptitle("Gradient norm per expert at a one-shot update")
+    return figure
+
+
+def oneshot(results: Results) -> Figure:
+    """The delta rows of tables 1 and 2 with their intervals, and the accuracy before the update."""
+    names = [*results["data"]["classes"], "mean"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", width_ratios=[1, max(2, len(names) / 2)])
+    width = 0.8 / len(results["summary"])
+    for index, (router, summary) in enumerate(results["summary"].items()):
+        entries = [summary[f"delta/{name}"] for name in names[:-1]] + [summary["mean_delta"]]
+        places = np.arange(len(names)) + (index - (len(results["summary"]) - 1) / 2) * width
+        _bars(right, places, entries, width, router, f"C{index}")
+        _bars(left, np.array([index]), [summary["accuracy"]], 0.7, router, f"C{index}")
+    left.set_xticks(range(len(results["summary"])), list(results["summary"]), rotation=20, fontsize=8)
+    left.set(title="before the update", ylabel="test accuracy, %", ylim=(0, 100))
+    right.set_xticks(range(len(names)), names)
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set(title="after one update on a novel image of ...", ylabel="change of test accuracy, points")
+    right.legend(fontsize=8)
+    figure.suptitle(f"One-shot test, scope {results['config']['scope']} (bars: 95 % interval over seeds)")
+    return figure
+
+
+def training(results: Results) -> Figure:
+    """Curves over epochs: accuracy, task loss, stable rank and spectral norm (mean over layers); a thin line a seed."""
+    curves: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
+        ("validation accuracy, %", lambda row: row["val_accuracy"]),
+        ("task loss (training)", lambda row: row["task"]),
+        ("stable rank, mean over layers", lambda row: float(np.mean(row["stable_rank"]))),
+        ("spectral norm, mean over layers", lambda row: float(np.mean(row["spectral_norm"]))),
+    ]
+    figure, grid = plt.subplots(1, len(curves), figsize=(3.6 * len(curves), 3.2), layout="constrained")
+    for axes, (label, read) in zip(grid, curves, strict=True):
+        for index, (router, runs) in enumerate(results["runs"].items()):
+            lines = np.array([[read(row) for row in run["history"]] for run in runs])
+            epochs = np.arange(1, lines.shape[1] + 1)
+            axes.plot(epochs, lines.T, color=f"C{index}", linewidth=0.7, alpha=0.5)
+            axes.plot(epochs, lines.mean(0), color=f"C{index}", linewidth=2, label=router)
+        axes.set_title(label, fontsize=9)
+        axes.set_xlabel("epoch")
+    grid[0].legend(fontsize=8)
+    return figure
+
+
+def _panels(results: Results, width: float, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+    """One panel a router, side by side."""
+    number = len(results["runs"])
+    figure, grid = plt.subplots(
+        1, number, figsize=(max(width, 2.6) * number + 1, height), layout="constrained", sharey=True, squeeze=False
+    )
+    return figure, list(grid[0])
+
+
+def _stack(axes: Axes, places: Any, table: Any, classes: list[str]) -> None:
+    """Bars stacked by class; table (bars, classes)."""
+    bottom = np.zeros(len(table))
+    for label, name in enumerate(classes):
+        axes.bar(places, table[:, label], 0.8, bottom=bottom, color=f"C{label % 10}", label=name)
+        bottom += table[:, label]
+
+
+def _bars(axes: Axes, places: Any, entries: list[dict[str, Any]], width: float, label: str, color: str) -> None:
+    errors = None if entries[0]["ci95"] is None else [entry["ci95"] for entry in entries]
+    axes.bar(places, [entry["mean"] for entry in entries], width, yerr=errors, capsize=2, label=label, color=color)

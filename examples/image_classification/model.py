@@ -1,0 +1,117 @@
+"""The network of section 3.1: convolutional stem, N MoE layers, linear head.
+
+Shapes: B images, d width, h hidden width, K experts, L layers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import einsum
+from torch import Tensor, nn
+
+from spectral_router import PrototypeRouter, RouterOutput
+
+from .config import ROUTERS, Config
+
+STEM_WIDTHS = (32, 64, 128)
+
+
+class LinearRouter(nn.Module):
+    """The baseline: w = softmax(W z + b), over all experts."""
+
+    def __init__(self, dim: int, num_experts: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, num_experts)
+
+    def forward(self, x: Tensor) -> RouterOutput:
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.gate.weight, self.gate.bias)
+            probs = logits.softmax(-1)
+        indices = torch.arange(probs.shape[-1], device=x.device).expand(probs.shape)
+        return RouterOutput(logits, probs, probs.to(x.dtype), indices)
+
+
+class Experts(nn.Module):
+    """K expert MLPs d -> h -> d, run as two batched matmuls. Each parameter's first dimension is the expert."""
+
+    def __init__(self, num_experts: int, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w_in = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.b_in = nn.Parameter(torch.zeros(num_experts, 1, hidden))
+        self.w_out = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.b_out = nn.Parameter(torch.zeros(num_experts, 1, dim))
+        # as nn.Linear draws its weights
+        nn.init.uniform_(self.w_in, -(dim**-0.5), dim**-0.5)
+        nn.init.uniform_(self.w_out, -(hidden**-0.5), hidden**-0.5)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """x (B, d), weights (B, K) -> the weighted sum of the experts' outputs, equation 1, (B, d)."""
+        inside = F.relu(x @ self.w_in + self.b_in)
+        return einsum(inside @ self.w_out + self.b_out, weights.to(inside.dtype), "k b d, b k -> b d")
+
+
+class MoELayer(nn.Module):
+    """z' = LayerNorm(ReLU(Linear(z))), then sum_i w_i(z') E_i(z'). No residual, as in the paper."""
+
+    def __init__(self, config: Config, gate: str) -> None:
+        super().__init__()
+        self.processor = nn.Sequential(nn.Linear(config.dim, config.dim), nn.ReLU(), nn.LayerNorm(config.dim))
+        self.router: nn.Module
+        if gate == "linear":
+            self.router = LinearRouter(config.dim, config.experts)
+        else:
+            self.router = PrototypeRouter(
+                config.dim,
+                config.experts,
+                temperature=config.temperature,  # type: ignore[arg-type]  # Config.validate has seen to it
+                metric=config.metric,  # type: ignore[arg-type]
+            )
+        self.experts = Experts(config.experts, config.dim, config.hidden)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, RouterOutput]:
+        z = self.processor(z)
+        routed = self.router(z)
+        return self.experts(z, routed.weights), routed
+
+    @property
+    def router_weight(self) -> Tensor:
+        """The matrix W_l of equations 3 to 5, (K, d): prototypes, or the weight of the linear gate."""
+        if isinstance(self.router, PrototypeRouter):
+            return self.router.prototypes
+        assert isinstance(self.router, LinearRouter)
+        return self.router.gate.weight
+
+
+class SRMoE(nn.Module):
+    """images (B, C, H, W) float -> class logits (B, classes), and for each layer the router's output."""
+
+    def __init__(self, config: Config, router: str, channels: int, num_classes: int) -> None:
+        super().__init__()
+        stem: list[nn.Module] = []
+        for index, width in enumerate(STEM_WIDTHS):
+            batch_norm = config.stem_norm == "batch"
+            stem.append(nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=not batch_norm))
+            stem += [nn.BatchNorm2d(width)] if batch_norm else []
+            stem.append(nn.ReLU())
+            # one pooling only: with two, a 28-pixel image is a single pixel before its last convolution
+            stem += [nn.MaxPool2d(2)] if index == 0 else []
+            channels = width
+        self.stem = nn.Sequential(*stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, config.dim))
+        self.layers = nn.ModuleList(MoELayer(config, ROUTERS[router].gate) for _ in range(config.layers))
+        self.head = nn.Linear(config.dim, num_classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[RouterOutput]]:
+        z = self.stem(images)
+        routed = []
+        for layer in self.layers:
+            z, output = layer(z)
+            routed.append(output)
+        return self.head(z), routed
+
+    def router_weights(self) -> list[Tensor]:
+        return [layer.router_weight for layer in self.moe_layers]
+
+    @property
+    def moe_layers(self) -> list[MoELayer]:
+        return [layer for layer in self.layers if isinstance(layer, MoELayer)]

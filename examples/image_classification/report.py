@@ -1,0 +1,104 @@
+"""The paper's tables 1 and 2 (they have the same rows), and what they leave out, as text and as Markdown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .storage import write_atomically
+
+Rows = list[tuple[str, list[str]]]
+
+
+def write(results: dict[str, Any], out: Path) -> None:
+    """Print the tables and write them to tables.md."""
+    titled = [(title(results), adaptation_rows(results)), ("Routing and spectra", routing_rows(results))]
+    routers = list(results["summary"])
+    console = Console()
+    for heading, rows in titled:
+        table = Table("", *routers, title=heading, title_justify="left")
+        for label, cells in rows:
+            table.add_row(label, *cells)
+        console.print(table)
+    text = "\n".join(f"### {heading}\n\n{markdown(rows, routers)}" for heading, rows in titled) + f"\n{footnote(results)}\n"
+    console.print(footnote(results), soft_wrap=True, highlight=False)
+    write_atomically(out / "tables.md", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def title(results: dict[str, Any]) -> str:
+    config = results["config"]
+    number = {(2, 2): "Table 1: ", (4, 4): "Table 2: "}.get((config["layers"], config["experts"]), "")
+    images = results["data"]["images"]
+    each = (images["train"] + images["val"] + images["test"]) // len(results["data"]["classes"])
+    return (
+        f"{number}{config['layers']} layers, {config['experts']} experts, {each} images a class, "
+        f"one-shot scope {config['scope']}, {len(results['seeds'])} seeds"
+    )
+
+
+def adaptation_rows(results: dict[str, Any]) -> Rows:
+    classes = results["data"]["classes"]
+    rows = [_row(results, "Accuracy before update, %", "accuracy", ".2f")]
+    rows += [_row(results, f"Delta {name}, points", f"delta/{name}", "+.2f") for name in classes]
+    rows += [
+        _row(results, "Mean delta, points", "mean_delta", "+.2f"),
+        _row(results, "Novel image: loss before", "novel_loss_before", ".3f"),
+        _row(results, "Novel image: loss after", "novel_loss_after", ".3f"),
+        _row(results, "Novel image: right before, %", "novel_accuracy_before", ".1f"),
+        _row(results, "Novel image: right after, %", "novel_accuracy_after", ".1f"),
+        _row(results, "Paths used", "paths_used", ".1f"),
+        _row(results, "Paths used by 1 % or more", "paths_used_1pct", ".1f"),
+    ]
+    return rows
+
+
+def routing_rows(results: dict[str, Any]) -> Rows:
+    layers = range(1, results["config"]["layers"] + 1)
+    rows = [
+        _row(results, "Share of the most used path", "top_path_share", ".2f"),
+        _row(results, "Different paths that lead a class", "dominant_paths", ".1f"),
+        _row(results, "I(class; path) / H(class)", "mutual_information", ".3f"),
+        _row(results, "the same, by chance", "mutual_information_chance", ".3f"),
+    ]
+    for label, name in (
+        ("Load CV²", "balance"),
+        ("Routing entropy / log K", "entropy"),
+        ("Spectral norm", "spectral_norm"),
+        ("Stable rank", "stable_rank"),
+    ):
+        rows += [_row(results, f"{label}, layer {layer}", f"{name}/{layer}", ".3f") for layer in layers]
+    paths: Rows = []
+    for name in results["data"]["classes"]:
+        cells = [_class_path(runs[0]["routing"]["class_paths"][name]) for runs in results["runs"].values()]
+        paths.append((f"Main path of {name}, seed 0", cells))
+    return rows + paths
+
+
+def footnote(results: dict[str, Any]) -> str:
+    images = results["data"]["images"]
+    return (
+        f"Mean ± half-width of the 95 % interval over {len(results['seeds'])} seeds (Student's t). "
+        f"One of the {images['test']} test images is {100 / images['test']:.2f} points."
+    )
+
+
+def markdown(rows: Rows, routers: list[str]) -> str:
+    lines = ["| | " + " | ".join(routers) + " |", "|---|" + "---:|" * len(routers)]
+    lines += [f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _row(results: dict[str, Any], label: str, name: str, form: str) -> tuple[str, list[str]]:
+    cells = []
+    for summary in results["summary"].values():
+        entry = summary[name]
+        spread = "" if entry["ci95"] is None else f" ± {entry['ci95']:{form.lstrip('+')}}"
+        cells.append(f"{entry['mean']:{form}}{spread}")
+    return label, cells
+
+
+def _class_path(entry: dict[str, Any]) -> str:
+    return f"{entry['path']} ({entry['share']:.0%})"

@@ -1,0 +1,169 @@
+"""All routers and seeds of one experiment: run what is missing, save each step, gather the results."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from rich.progress import Progress, TaskID
+
+from . import oneshot, routing
+from .config import Config, ExperimentError, Options
+from .data import ImageSet, Split, as_float, load, split
+from .progress import bars, console
+from .storage import read_json, write_json
+from .train import Trained, accuracy, predict, spectra, train
+
+PACKAGES = ("spectral-router", "torch", "einops", "numpy")
+
+
+def run(config: Config, options: Options) -> dict[str, Any]:
+    """Run the experiment, or what is left of it, and return what is written to results.json."""
+    device = config.resolved_device()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    prepare(config, options, device)
+    data = load(config)
+    for name in data.unreadable:
+        console.print(f"[yellow]skipped, not readable as an image:[/] {name}")
+    splits = [split(data.labels, data.classes, config, seed) for seed in range(config.seeds)]
+    data = data._replace(images=_to(data.images, device), labels=_to(data.labels, device))
+    parts: dict[str, list[dict[str, Any]]] = {router: [] for router in config.routers}
+    with bars() as progress:
+        total = progress.add_task("runs", total=config.seeds * len(config.routers), note="")
+        for seed, chosen in enumerate(splits):
+            for router in config.routers:
+                part = _run_one(config, router, seed, data, chosen, options.out, progress)
+                parts[router].append(part)
+                progress.advance(total)
+    results = {
+        "config": dataclasses.asdict(config),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "seeds": list(range(config.seeds)),
+        "data": {
+            "classes": data.classes,
+            "unreadable": data.unreadable,
+            "image_shape": list(data.images.shape[1:]),
+            "images": {name: len(getattr(splits[0], name).flatten()) for name in Split._fields},
+        },
+        "summary": {router: summarize(of_router) for router, of_router in parts.items()},
+        "runs": parts,
+    }
+    write_json(options.out / "results.json", results)
+    return results
+
+
+def prepare(config: Config, options: Options, device: torch.device) -> None:
+    """Make the output folder, or make sure that the run in it is the one to continue."""
+    settings = dataclasses.asdict(config) | {"device": str(device)}
+    file = options.out / "config.json"
+    if options.overwrite and file.exists():
+        for name in ("parts", "models", "figures"):
+            shutil.rmtree(options.out / name, ignore_errors=True)
+        for name in ("results.json", "tables.md", "config.json"):
+            (options.out / name).unlink(missing_ok=True)
+    if file.exists():
+        if not options.resume:
+            raise ExperimentError(f"{options.out} already holds a run; pass --resume, --overwrite, or another --out")
+        before = read_json(file)
+        changed = [name for name in settings if settings[name] != before.get(name)]
+        if changed:
+            flags = ", ".join(f"--{name.replace('_', '-')} was {before.get(name)}, is {settings[name]}" for name in changed)
+            raise ExperimentError(f"--resume needs the settings that the run in {options.out} began with: {flags}")
+    write_json(file, settings)
+
+
+def _run_one(
+    config: Config, router: str, seed: int, data: ImageSet, chosen: Split, out: Path, progress: Progress
+) -> dict[str, Any]:
+    name = f"{router}-seed{seed}"
+    file = out / "parts" / f"{name}.json"
+    part: dict[str, Any] = read_json(file) if file.exists() else {}
+    if part.get("complete"):
+        return part
+    task = progress.add_task(f"{name}: training", total=config.epochs, note="")
+
+    def on_epoch(row: dict[str, Any]) -> None:
+        progress.update(task, advance=1, note=f"val {row['val_accuracy']:.1f} %")
+
+    trained = train(config, router, seed, data, chosen, out / "models" / f"{name}.pt", on_epoch)
+    if not part:
+        test = chosen.test.to(data.images.device)
+        logits, probs = predict(trained.model, as_float(data.images[test]))
+        part = {
+            "seed": seed,
+            "accuracy": accuracy(logits, data.labels[test]),
+            "routing": routing.measure(probs, data.labels[test], data.classes),
+            **spectra(trained.model),
+            "history": trained.history,
+            "adapted": [],
+        }
+    _adapt(config, name, trained, data, chosen, part, file, progress, task)
+    part |= {"oneshot": oneshot.summarize(part["adapted"], data.classes), "complete": True}
+    write_json(file, part)
+    progress.remove_task(task)
+    console.print(
+        f"{name:<28} accuracy {part['accuracy']:5.1f} %   mean delta {part['oneshot']['mean_delta']:+6.2f}   "
+        f"paths {part['routing']['paths_used']}"
+    )
+    return part
+
+
+def _adapt(
+    config: Config,
+    name: str,
+    trained: Trained,
+    data: ImageSet,
+    chosen: Split,
+    part: dict[str, Any],
+    file: Path,
+    progress: Progress,
+    task: TaskID,
+) -> None:
+    done: list[oneshot.Record] = part["adapted"]
+    progress.reset(task, total=chosen.novel.numel(), completed=len(done), description=f"{name}: one-shot", note="")
+
+    def save(record: oneshot.Record) -> None:
+        done.append(record)
+        write_json(file, part)
+        progress.advance(task)
+
+    oneshot.adapt(config, part["seed"], trained, data, chosen, list(done), save)
+
+
+def summarize(parts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean and half-width of the 95 % interval (Student's t) over seeds, of every number that a table shows."""
+
+    def figures(part: dict[str, Any]) -> dict[str, float]:
+        scalars = {"accuracy": part["accuracy"]}
+        scalars |= {f"delta/{name}": value for name, value in part["oneshot"]["delta"].items()}
+        scalars |= {name: value for name, value in part["oneshot"].items() if isinstance(value, int | float)}
+        scalars |= {name: value for name, value in part["routing"].items() if isinstance(value, int | float)}
+        for name in ("spectral_norm", "stable_rank"):
+            scalars |= {f"{name}/{layer}": value for layer, value in enumerate(part[name], 1)}
+        for name in ("balance", "entropy"):
+            scalars |= {f"{name}/{layer}": value for layer, value in enumerate(part["routing"][name], 1)}
+        return scalars
+
+    rows = [figures(part) for part in parts]
+    return {name: interval([row[name] for row in rows]) for name in rows[0]}
+
+
+def interval(values: list[float]) -> dict[str, Any]:
+    """{mean, ci95, n}; ci95 is None for a single value, which has no spread to tell."""
+    from scipy.stats import t
+
+    n = len(values)
+    half = float(t.ppf(0.975, n - 1)) * stdev(values) / n**0.5 if n > 1 else None
+    return {"mean": fmean(values), "ci95": half, "n": n}
+
+
+def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

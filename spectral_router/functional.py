@@ -16,10 +16,11 @@ __all__ = ["load_balance_loss", "spectral_norm", "spectral_rank_penalty", "stabl
 
 
 def spectral_norm(weight: Tensor) -> Tensor:
-    r"""Largest singular value of each matrix, :math:`\sigma_{max}(W) = \lVert W \rVert_2`.
+    """Largest singular value of each matrix, σ_max(W) = ‖W‖₂.
 
-    Exact, with the closed-form gradient :math:`u v^\top`. Computed in float32 (float64 for float64 input) whatever the
-    autocast state, for entries from 1e-18 to 1e+18; half precision is upcast first.
+    Exact, with the closed-form gradient u vᵀ. Computed in float32 (float64 for float64 input) whatever the
+    autocast state, for entries from 1e-18 to 1e+18; half precision is upcast first. The one setting it follows is
+    `torch.set_float32_matmul_precision`: below "highest" (TF32) expect errors near 1e-3.
 
     **Shape**
         - Input: `(*, m, n)`, floating point. The side that is shorter does not matter.
@@ -40,10 +41,10 @@ def spectral_norm(weight: Tensor) -> Tensor:
 
 
 def stable_rank(weight: Tensor) -> Tensor:
-    r"""Stable rank of each matrix, :math:`R(W) = \lVert W \rVert_F^2 / \sigma_{max}(W)^2`.
+    """Stable rank of each matrix, R(W) = ‖W‖_F² / σ_max(W)².
 
     How many directions a matrix uses, softly: 1 when one direction holds all its energy, `min(m, n)` when all singular
-    values are equal. Scale-free and never above the rank. Its gradient, :math:`(2/\sigma^2)(W - R \sigma u v^\top)`, is
+    values are equal. Scale-free and never above the rank. Its gradient, (2/σ²)(W − R σ u vᵀ), is
     zero at rank one: it keeps a router from collapsing, it does not revive one that has.
 
     **Shape**
@@ -69,9 +70,9 @@ def spectral_rank_penalty(
     *,
     relative: bool = False,
 ) -> Tensor:
-    r"""Squared distance of spectral norm and stable rank from their targets, for each matrix.
+    """Squared distance of spectral norm and stable rank from their targets, for each matrix.
 
-    .. math:: (\sigma_{max}(W) - \sigma_t)^2 + (R(W) - \rho_t)^2
+        (σ_max(W) − σ_t)² + (R(W) − ρ_t)²
 
     With the default targets it is zero exactly where the rows (for K <= d) are orthonormal.
 
@@ -83,10 +84,10 @@ def spectral_rank_penalty(
         - Output: `(*)`, float32 or float64, at least 0; NaN for NaN or inf.
 
     Args:
-        weight: the matrices :math:`W_l`.
-        sigma_target: :math:`\sigma_t`, at least 0 (above 0 if `relative`), or a tensor of them that broadcasts to `(*)`. The
+        weight: the matrices W_l.
+        sigma_target: σ_t, at least 0 (above 0 if `relative`), or a tensor of them that broadcasts to `(*)`. The
             paper prints no value; "singular values near unity" in its introduction suggests 1.
-        rank_target: :math:`\rho_t` in `[1, min(m, n)]`; None is `min(m, n)`, the largest that can be reached. A lower target is
+        rank_target: ρ_t in `[1, min(m, n)]`; None is `min(m, n)`, the largest that can be reached. A lower target is
             met by letting some experts' rows vanish.
         relative: divide both deviations by their targets. The raw rank term grows as K^2 ((K - 1)^2 at collapse), so a raw
             coefficient cannot be shared between routers with different K; the relative one lies in `[0, 1]` for every K.
@@ -109,9 +110,9 @@ def spectral_rank_penalty(
 
 
 def load_balance_loss(probs: Tensor, mask: Tensor | None = None, *, unbiased: bool = False) -> Tensor:
-    r"""Squared coefficient of variation of the experts' mean probability.
+    """Squared coefficient of variation of the experts' mean probability.
 
-    .. math:: L_{div} = (\mathrm{std}(P) / \mathrm{mean}(P))^2, \qquad P_i = \tfrac{1}{T} \sum_t w_i^{(t)}
+        L_div = (std(P) / mean(P))²,    P_i = (1/T) Σ_t w_i(t)
 
     0 when every expert gets the same share, `K - 1` (`K` if `unbiased`) when one expert gets everything. It depends on the
     shares only, so rows need not sum to one. No tokens, or one expert, gives 0.

@@ -10,7 +10,7 @@ __all__ = ["LoadBalanceLoss"]
 
 
 class LoadBalanceLoss(nn.Module):
-    r"""Squared coefficient of variation of the experts' mean probability; a module over `functional.load_balance_loss`.
+    """Squared coefficient of variation of the experts' mean probability; a module over `functional.load_balance_loss`.
 
     Call it once a layer and add the results up: pooling layers first lets opposite imbalances cancel. Equation 7 of the
     paper has one L_div and does not say of which layer.

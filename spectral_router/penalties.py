@@ -16,9 +16,9 @@ __all__ = ["SpectralRankPenalty"]
 
 
 class SpectralRankPenalty(nn.Module):
-    r"""Pulls the spectral norm and the stable rank of every router weight to targets.
+    """Pulls the spectral norm and the stable rank of every router weight to targets.
 
-    .. math:: \sum_l (\sigma_{max}(W_l) - \sigma_t)^2 + (R(W_l) - \rho_t)^2
+        Σ_l (σ_max(W_l) − σ_t)² + (R(W_l) − ρ_t)²
 
     Matrices of equal shape are computed in one batch: the number of tensor operations does not grow with the number of
     gates. Values and gradients are those of `functional.spectral_rank_penalty`.
@@ -28,10 +28,10 @@ class SpectralRankPenalty(nn.Module):
         - Output: scalar, float32 (float64 if any matrix is), at least 0; NaN if a matrix holds NaN or inf.
 
     Args:
-        sigma_target: :math:`\sigma_t`, at least 0; or "initial": each matrix is held at the spectral norm it has when first
+        sigma_target: σ_t, at least 0; or "initial": each matrix is held at the spectral norm it has when first
             seen (at 1 if it is zero then), because pulling a pretrained gate from 20 to 1 would flatten its routing. The
             anchors are a buffer, `anchor`, part of `state_dict`.
-        rank_target: :math:`\rho_t`; None is the largest stable rank that each matrix can reach: `min(K, d)`, or
+        rank_target: ρ_t; None is the largest stable rank that each matrix can reach: `min(K, d)`, or
             `min(K - 1, d)` if `center`.
         relative: divide both deviations by their targets, so that one coefficient serves every K and every scale.
         center: subtract the mean row first. Routing by distance does not change when all inputs and prototypes move

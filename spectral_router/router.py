@@ -34,9 +34,9 @@ class RouterOutput(NamedTuple):
 
 
 class PrototypeRouter(nn.Module):
-    r"""Routes by distance to learnable prototypes, one an expert.
+    """Routes by distance to learnable prototypes, one an expert.
 
-    .. math:: w_i = \frac{\exp(-\lVert z - \mu_i \rVert_2 / \tau)}{\sum_j \exp(-\lVert z - \mu_j \rVert_2 / \tau)}
+        w_i = exp(−‖z − μ_i‖₂ / τ) / Σ_j exp(−‖z − μ_j‖₂ / τ)
 
     **Shape**
         - Input: `(*, dim)`, floating point.
@@ -45,23 +45,23 @@ class PrototypeRouter(nn.Module):
 
     Args:
         dim: D, the length of an input vector.
-        num_experts: K, the number of prototypes :math:`\mu_i`.
+        num_experts: K, the number of prototypes μ_i.
         top_k: None is soft routing, all experts weighted: equation 1 sums over all of them. An integer in `[1, K]` keeps the
             `top_k` best, their weights renormalised to sum to one.
-        temperature: :math:`\tau > 0`, in units of the score. The paper prints no value. With inputs from a LayerNorm
+        temperature: τ > 0, in units of the score. The paper prints no value. With inputs from a LayerNorm
             (norm `sqrt(dim)`) and prototypes of norm near 1, distances differ by about `1 / sqrt(dim)`, so that 1.0 routes
             almost evenly. "auto" sets it, whenever the prototypes are initialised, so that the scores of LayerNorm'd
             inputs have a standard deviation near 1: with r the root mean square norm of the prototypes,
             `r / sqrt(dim)` for euclidean, `2 r` for sqeuclidean, `1 / sqrt(dim)` for cosine, `r` for dot.
         learnable_temperature: train the temperature, as `log_temperature`.
         metric: the score that is divided by the temperature,
-            "euclidean": :math:`-\lVert z - \mu_i \rVert`, the paper;
-            "sqeuclidean": :math:`2 z \cdot \mu_i - \lVert \mu_i \rVert^2`, which is :math:`-\lVert z - \mu_i \rVert^2` up to
-            :math:`\lVert z \rVert^2`, the same for every expert: equal probs, cheaper, and more exact near a prototype;
-            "cosine": the cosine of the angle; "dot": :math:`z \cdot \mu_i`, the usual linear gate without bias.
+            "euclidean": −‖z − μ_i‖, the paper;
+            "sqeuclidean": 2 z·μ_i − ‖μ_i‖², which is −‖z − μ_i‖² up to ‖z‖², the same for every expert: equal probs,
+            cheaper, and more exact near a prototype;
+            "cosine": the cosine of the angle; "dot": z·μ_i, the usual linear gate without bias.
 
     NOTE[DIFF]: The paper says that bounding the spectral norm bounds the Lipschitz constant of the routing. That holds for
-    "sqeuclidean" and "dot". With the unsquared distance of equation 2 each score changes by at most :math:`1/\tau` per unit
+    "sqeuclidean" and "dot". With the unsquared distance of equation 2 each score changes by at most 1/τ per unit
     of input, whatever the prototypes are.
 
     Attributes:

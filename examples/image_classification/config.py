@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spectral_router.functional import check_targets, resolve_rank_target
+from spectral_router.functional import spectral_rank_penalty
 
 
 class ExperimentError(Exception):
@@ -128,8 +128,8 @@ class Config:
         if not isinstance(self.temperature, str):
             _require(0 < self.temperature < float("inf"), "temperature", 'a finite number above 0, or "auto"', self.temperature)
         try:
-            check_targets(1.0 if isinstance(self.sigma_target, str) else self.sigma_target, self.rank_target, self.relative)
-            resolve_rank_target(self.rank_target, torch.empty(self.experts, self.dim, device="meta"))
+            sigma_target = 1.0 if isinstance(self.sigma_target, str) else self.sigma_target
+            spectral_rank_penalty(torch.zeros(self.experts, self.dim), sigma_target, self.rank_target, relative=self.relative)
         except ValueError as error:
             raise ExperimentError(f"{error} (--sigma-target, --rank-target, --experts, --dim)") from None
 

@@ -26,8 +26,6 @@ PACKAGES = ("spectral-router", "torch", "einops", "numpy")
 def run(config: Config, options: Options) -> dict[str, Any]:
     """Run the experiment, or what is left of it, and return what is written to results.json."""
     device = config.resolved_device()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
     prepare(config, options, device)
     data = load(config)
     for name in data.unreadable:

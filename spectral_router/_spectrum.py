@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Squaring the Gram matrix this often equals 2^10 power iterations, and costs 10 matmuls of (m, m).
-_WARM_START_SQUARINGS = 10
-# Share of the fixed start vector mixed into every warm iterate. Without it, an iterate that is exactly orthogonal to the
-# new top vector (diagonal matrices) would stay so for ever. It lowers s by less than its square.
-_START_SHARE = 1e-4
+# Squaring the Gram matrix k times makes 2^k power iterations out of k matmuls of (m, m). One iteration a call, the usual
+# choice for spectral normalisation, is not enough here: the penalty levels the top singular values, so the top direction
+# keeps changing, and a lagging one lets the penalty rise in training (docs/numerics.md).
+_SQUARINGS = 10
+# Share of the fixed start vector in every start. Without it, a start that is exactly orthogonal to the new top vector
+# (diagonal matrices) would stay so for ever.
+_FIXED_SHARE = 1e-4
 
 
 def spectral_values(weight: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,29 +32,21 @@ def spectral_values(weight: Tensor, start: Tensor | None = None) -> tuple[Tensor
 
     Args:
         weight: (B, m, n), m <= n, float32 or float64.
-        start: None solves exactly, by ``eigh`` of the (m, m) Gram matrix. A (B, m) tensor of unit rows makes one power
-            iteration from there instead: matmuls only, no host synchronisation.
+        start: None solves by ``eigh`` of the (m, m) Gram matrix. A (B, m) tensor of unit rows starts a power iteration on
+            that matrix instead: matmuls only, no host synchronisation.
 
     Returns:
-        sigma (B,), differentiable; rank (B,), differentiable; u (B, m), constant.
+        sigma (B,), differentiable; rank (B,), differentiable; u (B, m), constant: the start of the next call.
     """
     sigma, rank, u, *_ = _SpectralValues.apply(weight, start)
     return sigma, rank, u
 
 
-@torch.no_grad()
-def warm_start(weight: Tensor) -> Tensor:
-    """(B, m, n) -> (B, m): unit rows, close to the top left singular vectors, by repeated squaring of the Gram matrix."""
-    with torch.autocast(weight.device.type, enabled=False):
-        scaled, scale = _scale_to_one(weight)
-        power = _finite_gram(scaled, scale)
-        for _ in range(_WARM_START_SQUARINGS):
-            power = power / _trace(power).clamp_min(torch.finfo(power.dtype).tiny)[:, None, None]
-            power = power @ power
-        seed = _fixed_vector(power)
-        top = _unit(power @ seed[..., None])[..., 0]
-        # the zero matrix has no direction of its own
-        return torch.where(top.norm(dim=-1, keepdim=True) > 0, top, seed)
+def fixed_start(weight: Tensor) -> Tensor:
+    """(B, m, n) -> (B, m): the same unit rows on every call, orthogonal to nothing in particular; no random state used."""
+    steps = torch.arange(1, weight.shape[-2] + 1, dtype=weight.dtype, device=weight.device)
+    row = torch.sin(steps * steps)
+    return (row / torch.linalg.vector_norm(row)).repeat(weight.shape[0], 1)
 
 
 class _SpectralValues(torch.autograd.Function):
@@ -60,23 +54,14 @@ class _SpectralValues(torch.autograd.Function):
     def forward(weight: Tensor, start: Tensor | None) -> tuple[Tensor, ...]:
         with torch.autocast(weight.device.type, enabled=False):
             scaled, scale = _scale_to_one(weight)
-            if start is None:
-                gram = _finite_gram(scaled, scale)
-                u = torch.linalg.eigh(gram)[1][..., -1:]
-                v = scaled.mT @ u
-                sigma = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
-                v = v / _positive(sigma)
-                energy = _trace(gram)
-            else:
-                mixed = start + _START_SHARE * _fixed_vector(scaled)
-                v = _unit(scaled.mT @ mixed[..., None])
-                u = scaled @ v
-                sigma = torch.linalg.vector_norm(u, dim=-2, keepdim=True)
-                u = u / _positive(sigma)
-                energy = torch.linalg.vector_norm(scaled, dim=(-2, -1)).square()
+            gram = _finite_gram(scaled, scale)
+            u = torch.linalg.eigh(gram)[1][..., -1:] if start is None else _power_iteration(gram, start)
+            v = scaled.mT @ u
+            sigma = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
+            v = v / _positive(sigma)
             sigma = sigma[..., 0, 0]
-            # R is in [1, m] for every matrix but zero; the clamp takes off rounding, and what a lagging iterate adds
-            rank = (energy / _positive(sigma).square()).clamp(1, weight.shape[-2])
+            # R is in [1, m] for every matrix but zero; the clamp takes off rounding, and what a lagging iteration adds
+            rank = (_trace(gram) / _positive(sigma).square()).clamp(1, weight.shape[-2])
             rank = torch.where(sigma == 0, sigma, rank)
             return sigma * scale, rank, u[..., 0], v[..., 0], scaled, scale, sigma
 
@@ -139,14 +124,16 @@ def _finite_gram(scaled: Tensor, scale: Tensor) -> Tensor:
     return torch.where(scale.isfinite()[:, None, None], scaled @ scaled.mT, identity)
 
 
-def _fixed_vector(like: Tensor) -> Tensor:
-    """(B, m, _) -> (B, m): the same unit rows on every call, orthogonal to nothing in particular; no random state used."""
-    steps = torch.arange(1, like.shape[-2] + 1, dtype=like.dtype, device=like.device)
-    return _unit(torch.sin(steps * steps)[:, None])[:, 0].expand(like.shape[:-1])
-
-
-def _unit(columns: Tensor) -> Tensor:
-    return columns / _positive(torch.linalg.vector_norm(columns, dim=-2, keepdim=True))
+def _power_iteration(gram: Tensor, start: Tensor) -> Tensor:
+    """(B, m, m), (B, m) -> (B, m, 1): the start after 2^10 multiplications with the Gram matrix, at unit length."""
+    power = gram
+    for _ in range(_SQUARINGS):
+        power = power / _positive(_trace(power))[:, None, None]
+        power = power @ power
+    u = power @ (start + _FIXED_SHARE * fixed_start(gram))[..., None]
+    norm = torch.linalg.vector_norm(u, dim=-2, keepdim=True)
+    # the zero matrix has no top direction: keep the start
+    return torch.where(norm == 0, start[..., None], u / _positive(norm))
 
 
 def _positive(norm: Tensor) -> Tensor:

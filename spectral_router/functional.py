@@ -149,7 +149,8 @@ def load_balance_loss(probs: Tensor, mask: Tensor | None = None, *, unbiased: bo
             )
         probs = torch.where(mask.bool()[..., None], probs, 0)
     num_experts = probs.shape[-1]
-    importance = rearrange(probs, "... k -> (...) k").sum(0, dtype=_at_least_float32(probs.dtype))
+    dtype = probs.dtype if probs.dtype == torch.float64 else torch.float32
+    importance = rearrange(probs, "... k -> (...) k").sum(0, dtype=dtype)
     mean = importance.mean()
     share = importance / torch.where(mean == 0, 1, mean)
     divisor = max(num_experts - 1, 1) if unbiased else num_experts
@@ -162,7 +163,7 @@ def as_fat_batch(weight: Tensor) -> Tensor:
         raise ValueError(f"weight must hold matrices, shape (*, m, n) with m, n >= 1, got shape {tuple(weight.shape)}")
     if not weight.is_floating_point():
         raise TypeError(f"weight must be floating point, got {weight.dtype}; dequantise or convert it first")
-    weight = rearrange(weight, "... m n -> (...) m n").to(_at_least_float32(weight.dtype))
+    weight = at_least_float32(rearrange(weight, "... m n -> (...) m n"))
     return weight if weight.shape[-2] <= weight.shape[-1] else weight.mT
 
 
@@ -205,5 +206,5 @@ def _values(weight: Tensor) -> tuple[Tensor, Tensor]:
     return sigma.reshape(weight.shape[:-2]), rank.reshape(weight.shape[:-2])
 
 
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
+def at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -10,7 +10,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from . import functional
-from ._spectrum import spectral_values, warm_start
+from ._spectrum import fixed_start, spectral_values
 
 __all__ = ["SpectralRankPenalty"]
 
@@ -37,11 +37,11 @@ class SpectralRankPenalty(nn.Module):
         center: subtract the mean row first. Routing by distance does not change when all inputs and prototypes move
             together, while R(W) does; the centred optimum is a simplex (cosines -1/(K-1)) instead of an orthogonal set.
             The mean itself is then free to drift.
-        solver: "exact" (`eigh` of the Gram matrix), or "power": one warm-started power iteration a call, matmuls only and
-            no host synchronisation, for compiled or captured training with very many experts. Its iterates are buffers that
-            move and copy with the module and stay out of `state_dict`; its first call warms up by itself. It lags behind
-            weights that move fast: sigma then reads low and R high, up to its clamp at `min(K, d)`. It iterates in
-            training mode; in eval mode it reads without storing.
+        solver: "exact" (`eigh` of the Gram matrix); or "power": 2^10 power iterations on the Gram matrix by repeated
+            squaring, started where the last call ended: matmuls only, no host synchronisation, for training that is
+            captured in a CUDA graph, or with very many experts. Where the two top singular values are closer than about a
+            thousandth, sigma may read low by as much. The iterates are buffers that move and copy with the module and stay
+            out of `state_dict`; they advance in training mode only.
 
     With `sigma_target="initial"` or `solver="power"` the module remembers its matrices by position: it belongs to one model,
     and every call must pass the same matrices.
@@ -71,12 +71,9 @@ class SpectralRankPenalty(nn.Module):
         solver: Literal["exact", "power"] = "exact",
     ) -> None:
         super().__init__()
-        if isinstance(sigma_target, str):
-            if sigma_target != "initial":
-                raise ValueError(f'sigma_target must be a number or "initial", got {sigma_target=}')
-            functional.check_targets(1.0, rank_target, relative)
-        else:
-            functional.check_targets(sigma_target, rank_target, relative)
+        if sigma_target != "initial" and not isinstance(sigma_target, (int, float)):
+            raise ValueError(f'sigma_target must be a number or "initial", got {sigma_target=}')
+        functional.check_targets(1.0 if sigma_target == "initial" else sigma_target, rank_target, relative)
         if solver not in ("exact", "power"):
             raise ValueError(f'solver must be "exact" or "power", got {solver=}')
         self.sigma_target = sigma_target
@@ -88,19 +85,19 @@ class SpectralRankPenalty(nn.Module):
 
     def forward(self, weights: Tensor | Iterable[Tensor]) -> Tensor:
         groups = _by_shape([weights] if isinstance(weights, Tensor) else list(weights))
+        rank_targets = [functional.resolve_rank_target(self.rank_target, batch, centered=self.center) for batch in groups]
         self._remember(groups)
-        total, first = None, 0
-        for index, batch in enumerate(groups):
+        terms, first = [], 0
+        for index, (batch, rank_target) in enumerate(zip(groups, rank_targets, strict=True)):
             last = first + len(batch)
-            term = self._group_penalty(batch, index, slice(first, last)).sum()
-            total = term if total is None else total + term.to(total)
+            terms.append(self._group_penalty(batch, rank_target, index, slice(first, last)).sum())
             first = last
-        assert total is not None
-        return total
+        # gates may live on several devices
+        return torch.stack([term.to(terms[0].device) for term in terms]).sum() if len(terms) > 1 else terms[0]
 
-    def _group_penalty(self, batch: Tensor, index: int, members: slice) -> Tensor:
-        rank_target = functional.resolve_rank_target(self.rank_target, batch, centered=self.center)
+    def _group_penalty(self, batch: Tensor, rank_target: float, index: int, members: slice) -> Tensor:
         if self.center:
+            batch = functional.at_least_float32(batch)
             batch = batch - reduce(batch, "b k d -> b 1 d", "mean")
         fat = functional.as_fat_batch(batch)
         if self.solver == "exact":
@@ -111,18 +108,16 @@ class SpectralRankPenalty(nn.Module):
 
     def _power_values(self, fat: Tensor, name: str) -> tuple[Tensor, Tensor]:
         if getattr(self, name, None) is None:
-            self.register_buffer(name, warm_start(fat), persistent=False)
+            self.register_buffer(name, fixed_start(fat), persistent=False)
         iterate: Tensor = getattr(self, name)
         sigma, rank, u = spectral_values(fat, iterate.to(fat))
         if self.training:
-            # a NaN, or the zero matrix, must not stay in the iterate once the weights have recovered
-            usable = u.norm(dim=-1, keepdim=True) > 0
-            iterate.copy_(torch.where(usable, u, iterate.to(u)))
+            iterate.copy_(u)
         return sigma, rank
 
     def _sigma_target(self, sigma: Tensor, members: slice) -> float | Tensor:
-        if isinstance(self.sigma_target, float | int):
-            return float(self.sigma_target)
+        if not isinstance(self.sigma_target, str):
+            return self.sigma_target
         assert self.anchor is not None
         anchor = self.anchor[members].to(sigma)
         seen = torch.where(sigma == 0, 1, sigma).detach()
@@ -136,10 +131,8 @@ class SpectralRankPenalty(nn.Module):
         if self.sigma_target != "initial" and self.solver != "power":
             return
         shapes = [tuple(batch.shape) for batch in groups]
-        known = getattr(self, "_shapes", None)
-        if known is None:
-            self._shapes = shapes
-        elif known != shapes:
+        known = getattr(self, "_shapes", shapes)
+        if known != shapes:
             raise ValueError(
                 f'with sigma_target="initial" or solver="power" every call must bring the matrices of the first call, shapes '
                 f"{known}, got {shapes}; use one SpectralRankPenalty for each model"
@@ -150,6 +143,7 @@ class SpectralRankPenalty(nn.Module):
             self.anchor = torch.full((count,), float("nan"), dtype=dtype, device=groups[0].device)
         elif self.anchor is not None and len(self.anchor) != count:
             raise ValueError(f"the loaded state holds anchors of {len(self.anchor)} matrices, got {count} matrices")
+        self._shapes = shapes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralRankPenalty:
         """`.to(device)` moves the buffers; `.half()` leaves them in full precision, as they are measurements."""

@@ -14,8 +14,8 @@ __all__ = ["PrototypeRouter", "RouterOutput"]
 
 Metric = Literal["euclidean", "sqeuclidean", "cosine", "dot"]
 _METRICS = ("euclidean", "sqeuclidean", "cosine", "dot")
-# Below this norm a vector has no direction to speak of: cosine scores, and their gradients, fade to zero.
-_COSINE_EPS = 1e-6
+# Up to this norm a vector has no direction to speak of: its cosines, and their gradients, are zero instead of huge.
+_NO_DIRECTION = 1e-6
 
 
 class RouterOutput(NamedTuple):
@@ -183,7 +183,7 @@ class PrototypeRouter(nn.Module):
         if self.metric == "dot":
             return F.linear(x, prototypes)
         if self.metric == "cosine":
-            return F.linear(F.normalize(x, dim=-1, eps=_COSINE_EPS), F.normalize(prototypes, dim=-1, eps=_COSINE_EPS))
+            return F.linear(_directions(x), _directions(prototypes))
         # |z|^2 - score is the squared distance
         score = F.linear(x, 2 * prototypes, -prototypes.square().sum(-1))
         if self.metric == "sqeuclidean":
@@ -216,6 +216,11 @@ class PrototypeRouter(nn.Module):
             f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, "
             f"temperature={self.initial_temperature!r}, learnable_temperature={learnable}, metric={self.metric!r}"
         )
+
+
+def _directions(vectors: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / norm.masked_fill(norm <= _NO_DIRECTION, math.inf)
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def title(results: dict[str, Any]) -> str:
     each = (images["train"] + images["val"] + images["test"]) // len(results["data"]["classes"])
     return (
         f"{number}{config['layers']} layers, {config['experts']} experts, {each} images a class, "
-        f"one-shot scope {config['scope']}, {len(results['seeds'])} seeds"
+        f"one-shot scope {config['scope']}, seeds {len(results['seeds'])}"
     )
 
 
@@ -78,11 +78,11 @@ def routing_rows(results: dict[str, Any]) -> Rows:
 
 
 def footnote(results: dict[str, Any]) -> str:
-    images = results["data"]["images"]
-    return (
-        f"Mean ± half-width of the 95 % interval over {len(results['seeds'])} seeds (Student's t). "
-        f"One of the {images['test']} test images is {100 / images['test']:.2f} points."
+    images, seeds = results["data"]["images"], len(results["seeds"])
+    spread = (
+        f"Mean ± half-width of the 95 % interval over {seeds} seeds (Student's t)." if seeds > 1 else "One seed: no intervals."
     )
+    return f"{spread} One of the {images['test']} test images is {100 / images['test']:.2f} points."
 
 
 def markdown(rows: Rows, routers: list[str]) -> str:

@@ -34,7 +34,7 @@ class Terms(NamedTuple):
 class Objective(nn.Module):
     """Equation 7 for one router. A term that the router does not use is measured all the same, with coefficient 0."""
 
-    def __init__(self, config: Config, router: str) -> None:
+    def __init__(self, config: Config, router: str, device: torch.device) -> None:
         super().__init__()
         self.alpha = config.alpha if ROUTERS[router].spectral else 0.0
         self.beta = config.beta if ROUTERS[router].balance else 0.0
@@ -42,6 +42,8 @@ class Objective(nn.Module):
             config.sigma_target,  # type: ignore[arg-type]  # Config.validate has seen to it
             config.rank_target,
             relative=config.relative,
+            # eigh, the exact solver, would make every step wait for the GPU
+            solver="power" if device.type == "cuda" else "exact",
         )
         self.balance = LoadBalanceLoss()
 
@@ -81,7 +83,7 @@ def build(config: Config, router: str, seed: int, data: ImageSet, device: torch.
     torch.manual_seed(seed)
     model = SRMoE(config, router, data.images.shape[1], len(data.classes))
     model = model.to(device).to(memory_format=torch.channels_last)
-    return model, Objective(config, router).to(device)
+    return model, Objective(config, router, device).to(device)
 
 
 def train(
@@ -146,19 +148,20 @@ def _train_epoch(
     if device.type == "cuda":
         order = order.pin_memory()
     order = order.to(device, non_blocking=True)
-    full = max(len(order) // config.batch_size, 1) * config.batch_size  # the last, smaller batch is left out
+    full = max(len(order) // config.batch_size, 1) * config.batch_size
+    batches = order[:full].split(config.batch_size)  # a last, smaller batch is left out, unless it is the only one
     sums = torch.zeros(5, device=device)
-    for batch in order[:full].split(config.batch_size):
+    for batch in batches:
         images = to_layout(as_float(augment(data.images[batch], data.augment, generator)))
         with mixed_precision(device):
             terms, correct = step(model, objective, images, data.labels[batch])
         optimizer.zero_grad(set_to_none=True)
         terms.total.backward()
         optimizer.step()
-        sums += torch.stack([*terms, correct]).detach().float() * torch.tensor([*4 * [len(batch)], 1], device=device)
-    # the epoch's only wait for the device
-    total, task, penalty, balance, accuracy = (sums / min(full, len(order))).tolist()
-    return {"loss": total, "task": task, "penalty": penalty, "balance": balance, "train_accuracy": 100 * accuracy}
+        sums += torch.stack([*terms, correct / len(batch)]).detach()
+    # the epoch's only wait for the device; all batches have one size
+    loss, task, penalty, balance, right = (sums / len(batches)).tolist()
+    return {"loss": loss, "task": task, "penalty": penalty, "balance": balance, "train_accuracy": 100 * right}
 
 
 @torch.no_grad()

@@ -22,8 +22,8 @@ from torch import Tensor
 # choice for spectral normalisation, is not enough here: the penalty levels the top singular values, so the top direction
 # keeps changing, and a lagging one lets the penalty rise in training (docs/numerics.md).
 _SQUARINGS = 10
-# Share of the fixed start vector in every start. Without it, a start that is exactly orthogonal to the new top vector
-# (diagonal matrices) would stay so for ever.
+# Share of the fixed start vector in every start. Without it, a start that is zero (after a zero matrix), or exactly
+# orthogonal to the new top vector (diagonal matrices), would stay so for ever.
 _FIXED_SHARE = 1e-4
 
 
@@ -131,9 +131,7 @@ def _power_iteration(gram: Tensor, start: Tensor) -> Tensor:
         power = power / _positive(_trace(power))[:, None, None]
         power = power @ power
     u = power @ (start + _FIXED_SHARE * fixed_start(gram))[..., None]
-    norm = torch.linalg.vector_norm(u, dim=-2, keepdim=True)
-    # the zero matrix has no top direction: keep the start
-    return torch.where(norm == 0, start[..., None], u / _positive(norm))
+    return u / _positive(torch.linalg.vector_norm(u, dim=-2, keepdim=True))
 
 
 def _positive(norm: Tensor) -> Tensor:

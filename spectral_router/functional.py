@@ -154,7 +154,7 @@ def load_balance_loss(probs: Tensor, mask: Tensor | None = None, *, unbiased: bo
     mean = importance.mean()
     share = importance / torch.where(mean == 0, 1, mean)
     divisor = max(num_experts - 1, 1) if unbiased else num_experts
-    return torch.where(mean == 0, mean, (share - 1).square().sum() / divisor)
+    return torch.where(mean == 0, 0, (share - 1).square().sum() / divisor)
 
 
 def as_fat_batch(weight: Tensor) -> Tensor:

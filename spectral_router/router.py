@@ -21,7 +21,7 @@ _NO_DIRECTION = 1e-6
 class RouterOutput(NamedTuple):
     """What a router returns for inputs `(*, D)`.
 
-    logits: `(*, K)`, raw scores divided by the temperature, float32 (float64 for float64 input).
+    logits: `(*, K)`, raw scores divided by the temperature, float32 or float64.
     probs: `(*, K)`, softmax of the logits over ALL experts, same dtype. The balance loss reads these.
     weights: `(*, top_k)`, or `(*, K)` for soft routing: combine weights, rows sum to one, in the dtype of the input.
     indices: the same shape, int64: the experts that the weights belong to, best first; for soft routing 0 ... K-1.
@@ -40,7 +40,8 @@ class PrototypeRouter(nn.Module):
 
     **Shape**
         - Input: `(*, dim)`, floating point.
-        - Output: `RouterOutput`. Scores are computed in float32 (float64 for float64 input) also under autocast.
+        - Output: `RouterOutput`. Scores are computed in float32, also under autocast; in float64 if the input or the
+          prototypes are.
         - No `(tokens, experts, dim)` tensor is ever made.
 
     Args:
@@ -70,6 +71,7 @@ class PrototypeRouter(nn.Module):
 
     Raises:
         ValueError: an argument out of its range, or an input whose last dimension is not `dim`.
+        TypeError: an input that is not floating point.
 
     Source:
         equation 2 of arXiv:2601.03889.
@@ -142,6 +144,7 @@ class PrototypeRouter(nn.Module):
 
         Raises:
             ValueError: wrong last dimension, too few vectors, or a vector that is not finite.
+            TypeError: vectors that are not floating point.
 
         Source:
             Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", 2007.
@@ -149,7 +152,7 @@ class PrototypeRouter(nn.Module):
         self._check(x)
         points = _full(rearrange(x, "... d -> (...) d"))
         if len(points) < self.num_experts:
-            raise ValueError(f"init_from needs at least num_experts vectors, got {len(points)}, {self.num_experts=}")
+            raise ValueError(f"init_from needs at least num_experts={self.num_experts} vectors, got {len(points)}")
         if not points.isfinite().all():
             raise ValueError("init_from needs finite vectors, got NaN or inf in x; drop those rows first")
         place = F.normalize(points, dim=-1) if self.metric == "cosine" else points
@@ -168,14 +171,15 @@ class PrototypeRouter(nn.Module):
     def forward(self, x: Tensor) -> RouterOutput:
         self._check(x)
         with torch.autocast(x.device.type, enabled=False):
-            logits = self._scores(_full(x), _full(self.prototypes)) / self.temperature
+            dtype = torch.promote_types(torch.promote_types(x.dtype, self.prototypes.dtype), torch.float32)
+            logits = self._scores(x.to(dtype), self.prototypes.to(dtype)) / self.temperature
             probs = logits.softmax(-1)
             if self.top_k is None:
                 weights = probs
                 indices = torch.arange(self.num_experts, device=x.device).expand(probs.shape)
             else:
                 best, indices = logits.topk(self.top_k, dim=-1)
-                # a softmax over the chosen logits sums to one even where all chosen probs have underflowed
+                # the chosen probs renormalised, with their own rounding only
                 weights = best.softmax(-1)
         return RouterOutput(logits, probs, weights.to(x.dtype), indices)
 
@@ -207,6 +211,8 @@ class PrototypeRouter(nn.Module):
             self.log_temperature.fill_(math.log(value))
 
     def _check(self, x: Tensor) -> None:
+        if not x.is_floating_point():
+            raise TypeError(f"input must be floating point, got {x.dtype}; embed or convert it first")
         if x.ndim < 1 or x.shape[-1] != self.dim:
             raise ValueError(f"the last dimension of the input must be dim={self.dim}, got shape {tuple(x.shape)}")
 

@@ -1,0 +1,14 @@
+"""Settings shared by all tests."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Derandomised: a red run is a change in the code, never bad luck. No deadline: the first call into torch is slow.
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60, database=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from .storage import write_atomically
 
 PATHS_SHOWN = 12
+SEEDS_SHOWN = 3
 Results = dict[str, Any]
 
 
@@ -42,72 +43,61 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 
 def experts(results: Results) -> Figure:
-    """Figures 2 to 4, per expert: the share of each class's test images that each expert wins; mean over seeds."""
-    figure, panels = _panels(results, width=1 + 0.32 * results["config"]["layers"] * (results["config"]["experts"] + 0.8))
-    for axes, (router, runs) in zip(panels, results["runs"].items(), strict=True):
-        share = np.mean([run["routing"]["expert_share"] for run in runs], axis=0)  # (L, K, classes)
-        layers, each, _ = share.shape
-        places = np.concatenate([np.arange(each) + layer * (each + 0.8) for layer in range(layers)])
-        _stack(axes, places, share.reshape(layers * each, -1) / share.shape[-1], results["data"]["classes"])
+    """Figures 2 to 4, per expert: the share of the test images, by class, for which each expert wins."""
+    layers, each = results["config"]["layers"], results["config"]["experts"]
+    figure, grid = _grid(results, width=1 + 0.32 * layers * (each + 0.8), height=2.4)
+    places = np.concatenate([np.arange(each) + layer * (each + 0.8) for layer in range(layers)])
+    for axes, router, run in grid:
+        share = np.array(run["routing"]["expert_share"]).reshape(layers * each, -1)
+        _stack(axes, places, share / share.shape[-1], results["data"]["classes"])
         axes.set_xticks(places, [f"E{expert + 1}" for _ in range(layers) for expert in range(each)], fontsize=7)
         for layer in range(layers):
             middle = layer * (each + 0.8) + (each - 1) / 2
             axes.annotate(f"layer {layer + 1}", (middle, 0), (0, -22), textcoords="offset points", ha="center", fontsize=8)
-        axes.set_title(router)
-    panels[0].set_ylabel("share of the test images")
-    panels[-1].legend(title="class", fontsize=8)
-    figure.suptitle("Winning expert of each layer, by class")
+        axes.set_title(f"{router}, seed {run['seed']}", fontsize=9)
+    _class_legend(figure, grid[0][0])
+    figure.suptitle("Winning expert of each layer, by class (share of the test images)")
     return figure
 
 
 def paths(results: Results) -> Figure:
-    """Figures 2 to 4, per path: how many test images of each class take each path; all seeds are laid side by side."""
-    seeds = len(results["seeds"])
-    figure, grid = plt.subplots(
-        seeds,
-        len(results["runs"]),
-        figsize=(4.2 * len(results["runs"]), 1.2 + 2.4 * seeds),
-        layout="constrained",
-        squeeze=False,
-    )
-    for column, (router, runs) in enumerate(results["runs"].items()):
-        for axes, run in zip(grid[:, column], runs, strict=True):
-            counts = sorted(run["routing"]["path_counts"].items(), key=lambda item: -sum(item[1]))
-            shown = counts[:PATHS_SHOWN]
-            rest = np.sum([count for _, count in counts[PATHS_SHOWN:]], axis=0)
-            names = [name for name, _ in shown] + [f"{len(counts) - PATHS_SHOWN} more"] * (len(counts) > PATHS_SHOWN)
-            table = np.array([count for _, count in shown] + [rest] * (len(counts) > PATHS_SHOWN), dtype=float)
-            _stack(axes, np.arange(len(table)), table / table.sum(), results["data"]["classes"])
-            axes.set_xticks(np.arange(len(names)), names, rotation=60 if len(names) > 4 else 0, fontsize=7)
-            axes.set(
-                title=f"{router}, seed {run['seed']}: {len(counts)} paths", ylim=(0, 1), xlim=(-0.6, max(len(names), 4) - 0.4)
-            )
-            axes.title.set_fontsize(9)
-    grid[0, -1].legend(title="class", fontsize=7)
+    """Figures 2 to 4, per path: the share of the test images, by class, that take each path."""
+    figure, grid = _grid(results, width=4.2, height=2.4)
+    for axes, router, run in grid:
+        counts = sorted(run["routing"]["path_counts"].items(), key=lambda item: -sum(item[1]))
+        names = [name for name, _ in counts[:PATHS_SHOWN]]
+        table = np.array([count for _, count in counts], dtype=float)
+        if len(counts) > PATHS_SHOWN:
+            names.append(f"{len(counts) - PATHS_SHOWN} more")
+            table = np.vstack([table[:PATHS_SHOWN], table[PATHS_SHOWN:].sum(0)])
+        _stack(axes, np.arange(len(table)), table / table.sum(), results["data"]["classes"])
+        axes.set_xticks(np.arange(len(names)), names, rotation=60 if len(names) > 4 else 0, fontsize=7)
+        axes.set_xlim(-0.6, max(len(names), 4) - 0.4)
+        axes.set_title(f"{router}, seed {run['seed']}: {len(counts)} paths", fontsize=9)
+    _class_legend(figure, grid[0][0])
     figure.suptitle("Path through the layers, by class (share of the test images)")
     return figure
 
 
 def gradients(results: Results) -> Figure:
-    """Figure 6: norm of the gradient of equation 7 for each expert at a one-shot update; mean over novel images and seeds."""
-    means = {
-        router: np.mean([run["oneshot"]["gradient_norm"] for run in runs], axis=0) for router, runs in results["runs"].items()
-    }
-    finite = np.concatenate([mean[np.isfinite(mean) & (mean > 0)].ravel() for mean in means.values()])
-    top = finite.max(initial=1e-12)
+    """Figure 6: norm of the gradient of equation 7 for each expert at a one-shot update; mean over the novel images."""
+    layers, each = results["config"]["layers"], results["config"]["experts"]
+    figure, grid = _grid(results, width=1.2 + 0.75 * each, height=0.9 + 0.5 * layers)
+    norms = [np.array(run["oneshot"]["gradient_norm"]) for _, _, run in grid]
+    positive = np.concatenate([norm[np.isfinite(norm) & (norm > 0)] for norm in norms])
+    top = positive.max(initial=1e-12)
     # below a millionth of the largest all shades are one: such an expert does not learn
-    scale = LogNorm(max(finite.min(initial=top), 1e-6 * top) * 0.999, top)
-    layers, each = next(iter(means.values())).shape
-    figure, panels = _panels(results, width=1.2 + 0.75 * each, height=1.4 + 0.55 * layers)
-    for axes, (router, mean) in zip(panels, means.items(), strict=True):
-        image = axes.imshow(np.maximum(mean, scale.vmin or 0), norm=scale, cmap="viridis", aspect="auto")
-        for (layer, expert), value in np.ndenumerate(mean):
-            dark = np.isfinite(value) and scale(max(value, scale.vmin or 0)) < 0.6
+    bottom = max(positive.min(initial=top), 1e-6 * top) * 0.999
+    scale = LogNorm(bottom, top)
+    for (axes, router, run), norm in zip(grid, norms, strict=True):
+        image = axes.imshow(np.maximum(norm, bottom), norm=scale, cmap="viridis", aspect="auto")
+        for (layer, expert), value in np.ndenumerate(norm):
+            dark = np.isfinite(value) and scale(max(value, bottom)) < 0.6
             axes.text(expert, layer, f"{value:.2g}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
-        axes.set_xticks(range(each), [f"E{expert + 1}" for expert in range(each)])
-        axes.set_yticks(range(layers), [f"L{layer + 1}" for layer in range(layers)])
-        axes.set_title(router)
-    figure.colorbar(image, ax=panels, label="gradient norm (log scale)")
+        axes.set_xticks(range(each), [f"E{expert + 1}" for expert in range(each)], fontsize=8)
+        axes.set_yticks(range(layers), [f"layer {layer + 1}" for layer in range(layers)], fontsize=8)
+        axes.set_title(f"{router}, seed {run['seed']}", fontsize=9)
+    figure.colorbar(image, ax=[axes for axes, _, _ in grid], label="gradient norm (log scale)")
     figure.suptitle("Gradient norm per expert at a one-shot update")
     return figure
 
@@ -115,7 +105,9 @@ def gradients(results: Results) -> Figure:
 def oneshot(results: Results) -> Figure:
     """The delta rows of tables 1 and 2 with their intervals, and the accuracy before the update."""
     names = [*results["data"]["classes"], "mean"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", width_ratios=[1, max(2, len(names) / 2)])
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=[1, max(2, len(names) / 2)]
+    )
     width = 0.8 / len(results["summary"])
     for index, (router, summary) in enumerate(results["summary"].items()):
         entries = [summary[f"delta/{name}"] for name in names[:-1]] + [summary["mean_delta"]]
@@ -127,7 +119,7 @@ def oneshot(results: Results) -> Figure:
     right.set_xticks(range(len(names)), names)
     right.axhline(0, color="black", linewidth=0.8)
     right.set(title="after one update on a novel image of ...", ylabel="change of test accuracy, points")
-    right.legend(fontsize=8)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(f"One-shot test, scope {results['config']['scope']} (bars: 95 % interval over seeds)")
     return figure
 
@@ -153,13 +145,17 @@ def training(results: Results) -> Figure:
     return figure
 
 
-def _panels(results: Results, width: float, height: float = 3.6) -> tuple[Figure, list[Axes]]:
-    """One panel a router, side by side."""
-    number = len(results["runs"])
-    figure, grid = plt.subplots(
-        1, number, figsize=(max(width, 2.6) * number + 1, height), layout="constrained", sharey=True, squeeze=False
-    )
-    return figure, list(grid[0])
+def _grid(results: Results, width: float, height: float) -> tuple[Figure, list[tuple[Axes, str, dict[str, Any]]]]:
+    """A column a router, a row a seed: experts are numbered anew by each seed, so a mean over seeds would blur them."""
+    runs = results["runs"]
+    rows = min(len(results["seeds"]), SEEDS_SHOWN)
+    size = (max(width, 2.6) * len(runs) + 1.2, height * rows + 0.8)
+    figure, grid = plt.subplots(rows, len(runs), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    return figure, [(grid[row, column], router, runs[router][row]) for column, router in enumerate(runs) for row in range(rows)]
+
+
+def _class_legend(figure: Figure, axes: Axes) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), title="class", loc="outside right upper", fontsize=8)
 
 
 def _stack(axes: Axes, places: Any, table: Any, classes: list[str]) -> None:

@@ -81,7 +81,8 @@ def spectral_rank_penalty(
 
     **Shape**
         - weight: `(*, m, n)`, floating point.
-        - Output: `(*)`, float32 or float64, at least 0; NaN for NaN or inf.
+        - Output: `(*)`, float32 or float64, at least 0; NaN for NaN or inf; inf where the square leaves the dtype, which in
+          float32 is for σ_max from 1.8e19 on.
 
     Args:
         weight: the matrices W_l.
@@ -90,7 +91,8 @@ def spectral_rank_penalty(
         rank_target: ρ_t in `[1, min(m, n)]`; None is `min(m, n)`, the largest that can be reached. A lower target is
             met by letting some experts' rows vanish.
         relative: divide both deviations by their targets. The raw rank term grows as K^2 ((K - 1)^2 at collapse), so a raw
-            coefficient cannot be shared between routers with different K; the relative one lies in `[0, 1]` for every K.
+            coefficient cannot be shared between routers with different K; the relative one, at the default target, lies in
+            `[0, 1]` for every K.
 
     Raises:
         ValueError: a target out of its range; and as `spectral_norm`.
@@ -137,6 +139,8 @@ def load_balance_loss(probs: Tensor, mask: Tensor | None = None, *, unbiased: bo
     >>> load_balance_loss(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
     tensor(1.)
     """
+    if not isinstance(probs, Tensor):
+        raise TypeError(f"probs must be a tensor, got {type(probs).__name__}; of a RouterOutput pass .probs")
     if probs.ndim < 1 or probs.shape[-1] < 1:
         raise ValueError(f"probs must have shape (*, experts) with at least one expert, got shape {tuple(probs.shape)}")
     if not probs.is_floating_point():
@@ -159,6 +163,8 @@ def load_balance_loss(probs: Tensor, mask: Tensor | None = None, *, unbiased: bo
 
 def as_fat_batch(weight: Tensor) -> Tensor:
     """`(*, m, n)` of any floating dtype -> `(B, short, long)` in float32 or float64, or a clear error."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}; of a module pass .weight")
     if weight.ndim < 2 or 0 in weight.shape[-2:]:
         raise ValueError(f"weight must hold matrices, shape (*, m, n) with m, n >= 1, got shape {tuple(weight.shape)}")
     if not weight.is_floating_point():
@@ -170,6 +176,8 @@ def as_fat_batch(weight: Tensor) -> Tensor:
 def check_targets(sigma_target: float | Tensor, rank_target: float | None, relative: bool) -> None:
     """The part of the targets' rules that needs no weight."""
     if not isinstance(sigma_target, Tensor):
+        if not isinstance(sigma_target, (int, float)):
+            raise TypeError(f"sigma_target must be a number or a tensor, got {sigma_target=}")
         if not 0 <= sigma_target < float("inf"):
             raise ValueError(f"sigma_target must be a finite number of at least 0, got {sigma_target=}")
         if relative and sigma_target == 0:

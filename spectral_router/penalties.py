@@ -18,7 +18,7 @@ __all__ = ["SpectralRankPenalty"]
 class SpectralRankPenalty(nn.Module):
     """Pulls the spectral norm and the stable rank of every router weight to targets.
 
-        Σ_l (σ_max(W_l) − σ_t)² + (R(W_l) − ρ_t)²
+        Σ_l [ (σ_max(W_l) − σ_t)² + (R(W_l) − ρ_t)² ]
 
     Matrices of equal shape are computed in one batch: the number of tensor operations does not grow with the number of
     gates. Values and gradients are those of `functional.spectral_rank_penalty`.
@@ -39,16 +39,17 @@ class SpectralRankPenalty(nn.Module):
             The mean itself is then free to drift.
         solver: "exact" (`eigh` of the Gram matrix); or "power": 2^10 power iterations on the Gram matrix by repeated
             squaring, started where the last call ended: matmuls only, no host synchronisation, for training that is
-            captured in a CUDA graph, or with very many experts. Where the two top singular values are closer than about a
-            thousandth, sigma may read low by as much. The iterates are buffers that move and copy with the module and stay
-            out of `state_dict`; they advance in training mode only.
+            captured in a CUDA graph, or with very many experts. Where singular values crowd at the top, closer than about
+            a thousandth, σ may read low by up to a thousandth and R high by twice as much: near the optimum, where the
+            penalty is small, that is a visible share of its value. The iterates are buffers that move and copy with the
+            module and stay out of `state_dict`; they advance in training mode only.
 
     With `sigma_target="initial"` or `solver="power"` the module remembers its matrices by position: it belongs to one model,
     and every call must pass the same matrices.
 
     Raises:
         ValueError: a target out of range, an unknown solver, no matrix, or other matrices than at the first call.
-        TypeError: a matrix that is not floating point.
+        TypeError: a matrix that is not a tensor, or not floating point.
         RuntimeError: on differentiating the gradient again.
 
     Source:
@@ -107,9 +108,11 @@ class SpectralRankPenalty(nn.Module):
         return functional.deviation(sigma, rank, self._sigma_target(sigma, members), rank_target, self.relative)
 
     def _power_values(self, fat: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        if getattr(self, name, None) is None:
-            self.register_buffer(name, fixed_start(fat), persistent=False)
-        iterate: Tensor = getattr(self, name)
+        iterate = getattr(self, name, None)
+        if iterate is None:
+            iterate = fixed_start(fat)
+            if not torch.is_inference_mode_enabled():  # a tensor made there could not be updated in training
+                self.register_buffer(name, iterate, persistent=False)
         sigma, rank, u = spectral_values(fat, iterate.to(fat))
         if self.training:
             iterate.copy_(u)
@@ -118,9 +121,10 @@ class SpectralRankPenalty(nn.Module):
     def _sigma_target(self, sigma: Tensor, members: slice) -> float | Tensor:
         if not isinstance(self.sigma_target, str):
             return self.sigma_target
-        assert self.anchor is not None
-        anchor = self.anchor[members].to(sigma)
         seen = torch.where(sigma == 0, 1, sigma).detach()
+        if self.anchor is None:  # first seen in inference mode, where nothing is kept
+            return seen
+        anchor = self.anchor[members].to(sigma)
         # not-a-number marks the matrices not seen yet, or seen with NaN entries only
         anchor = torch.where(anchor.isnan(), seen, anchor)
         self.anchor[members].copy_(anchor)
@@ -138,6 +142,8 @@ class SpectralRankPenalty(nn.Module):
                 f"{known}, got {shapes}; use one SpectralRankPenalty for each model"
             )
         count = sum(len(batch) for batch in groups)
+        if torch.is_inference_mode_enabled() and not hasattr(self, "_shapes"):
+            return
         if self.sigma_target == "initial" and self.anchor is None:
             dtype = torch.float64 if any(batch.dtype == torch.float64 for batch in groups) else torch.float32
             self.anchor = torch.full((count,), float("nan"), dtype=dtype, device=groups[0].device)
@@ -173,6 +179,8 @@ def _by_shape(weights: list[Tensor]) -> list[Tensor]:
     """One batch (B, K, d) for each distinct shape, dtype and device, in the order of first appearance."""
     groups: dict[tuple[Any, ...], list[Tensor]] = {}
     for position, weight in enumerate(weights):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weights must be tensors, got {type(weight).__name__} at position {position}; pass module.weight")
         if weight.ndim < 2:
             raise ValueError(f"weights must be matrices (experts, dim), got shape {tuple(weight.shape)} at position {position}")
         groups.setdefault((weight.shape, weight.dtype, weight.device), []).append(weight)

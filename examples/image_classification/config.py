@@ -82,7 +82,7 @@ class Config:
     relative: bool = _flag(False, "divide the penalty's deviations by their targets")
 
     seeds: int = _flag(3, "how many seeds, 0 ... seeds-1; each draws its own split, initial weights and batches")
-    epochs: int = _flag(15, "epochs of training; the last epoch's model is used")
+    epochs: int = _flag(12, "epochs of training; the last epoch's model is used")
     batch_size: int = _flag(64, "images a step")
     lr: float = _flag(1e-3, "learning rate of training, Adam")
 
@@ -138,6 +138,7 @@ class Config:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             device = torch.device(self.device)
+            _require(device.type in ("cpu", "cuda"), "device", "one that PyTorch can use here: auto, cpu or cuda", self.device)
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
@@ -156,10 +157,13 @@ class Options(NamedTuple):
 def parse(arguments: list[str] | None = None) -> tuple[Config, Options]:
     parser = argparse.ArgumentParser(
         prog="python -m examples.image_classification",
+        allow_abbrev=False,  # --seed 7 must not mean --seeds 7
         description="Train mixture-of-experts image classifiers with the routers of SR-MoE (arXiv:2601.03889), run the paper's "
         "one-shot adaptation test, and leave tables, figures and results.json in --out.",
     )
-    parser.add_argument("--preset", choices=PRESETS, help="the paper's set-ups: " + str(PRESETS).replace("'", ""))
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="the paper's set-ups, for --data with enough images: " + str(PRESETS).replace("'", "")
+    )
     for item in dataclasses.fields(Config):
         options = dict(item.metadata)
         text = options.pop("help")
@@ -176,8 +180,9 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, Options]:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/image_classification"), help="folder of the results (default: %(default)s)"
     )
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out where it stopped")
-    parser.add_argument("--overwrite", action="store_true", help="delete the run in --out first")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue the run in --out where it stopped")
+    again.add_argument("--overwrite", action="store_true", help="delete the run in --out first")
     given = vars(parser.parse_args(arguments))
     where = Options(given.pop("out"), given.pop("resume"), given.pop("overwrite"))
     preset = given.pop("preset")

@@ -5,6 +5,7 @@ Shapes: N images, C channels, H = W pixels.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,6 +87,14 @@ def split(labels: Tensor, classes: list[str], config: Config, seed: int) -> Spli
     return Split(train, val, test, torch.stack(parts[3]))
 
 
+def digest(data: ImageSet) -> str:
+    """A fingerprint of images, labels and class names: a run may be resumed only on the images it began with."""
+    known = hashlib.sha256("/".join(data.classes).encode())
+    for tensor in (data.images, data.labels):
+        known.update(tensor.cpu().contiguous().numpy().tobytes())
+    return known.hexdigest()
+
+
 def as_float(images: Tensor) -> Tensor:
     """uint8 -> float32 in [-1, 1], on the device of the images."""
     return images.float().div_(127.5).sub_(1)
@@ -143,7 +152,7 @@ def _folder(root: Path, size: int) -> ImageSet:
     def read(item: tuple[Path, int]) -> np.ndarray[Any, Any] | None:
         try:
             with Image.open(item[0]) as image:
-                return np.asarray(ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size)))
+                return np.asarray(ImageOps.fit(_rgb(ImageOps.exif_transpose(image)), (size, size)))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises for broken files
             return None
 
@@ -159,6 +168,13 @@ def _folder(root: Path, size: int) -> ImageSet:
     images = torch.from_numpy(np.stack([image for image, _ in kept]))
     labels = torch.tensor([label for _, label in kept])
     return ImageSet(rearrange(images, "n h w c -> n c h w").contiguous(), labels, classes, unreadable, "flip")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip instead of scale
+        return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8)).convert("RGB")
+    # through RGBA, as Pillow asks for palettes with transparency
+    return image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
 
 
 def _keep_classes(loaded: ImageSet, wanted: Iterable[str]) -> ImageSet:

@@ -83,7 +83,7 @@ def gradients(results: Results) -> Figure:
     """Figure 6: norm of the gradient of equation 7 for each expert at a one-shot update; mean over the novel images."""
     layers, each = results["config"]["layers"], results["config"]["experts"]
     figure, grid = _grid(results, width=1.2 + 0.75 * each, height=0.9 + 0.5 * layers)
-    norms = [np.array(run["oneshot"]["gradient_norm"]) for _, _, run in grid]
+    norms = [np.array(run["oneshot"]["gradient_norm"], dtype=float) for _, _, run in grid]
     positive = np.concatenate([norm[np.isfinite(norm) & (norm > 0)] for norm in norms])
     top = positive.max(initial=1e-12)
     # below a millionth of the largest all shades are one: such an expert does not learn
@@ -116,7 +116,7 @@ def oneshot(results: Results) -> Figure:
         _bars(left, np.array([index]), [summary["accuracy"]], 0.7, router, f"C{index}")
     left.set_xticks(range(len(results["summary"])), list(results["summary"]), rotation=20, fontsize=8)
     left.set(title="before the update", ylabel="test accuracy, %", ylim=(0, 100))
-    right.set_xticks(range(len(names)), names)
+    right.set_xticks(range(len(names)), [_plain(name) for name in names])
     right.axhline(0, color="black", linewidth=0.8)
     right.set(title="after one update on a novel image of ...", ylabel="change of test accuracy, points")
     figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
@@ -129,13 +129,13 @@ def training(results: Results) -> Figure:
     curves: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
         ("validation accuracy, %", lambda row: row["val_accuracy"]),
         ("task loss (training)", lambda row: row["task"]),
-        ("stable rank, mean over layers", lambda row: float(np.mean(row["stable_rank"]))),
-        ("spectral norm, mean over layers", lambda row: float(np.mean(row["spectral_norm"]))),
+        ("stable rank, mean over layers", lambda row: _mean(row["stable_rank"])),
+        ("spectral norm, mean over layers", lambda row: _mean(row["spectral_norm"])),
     ]
     figure, grid = plt.subplots(1, len(curves), figsize=(3.6 * len(curves), 3.2), layout="constrained")
     for axes, (label, read) in zip(grid, curves, strict=True):
         for index, (router, runs) in enumerate(results["runs"].items()):
-            lines = np.array([[read(row) for row in run["history"]] for run in runs])
+            lines = np.array([[read(row) for row in run["history"]] for run in runs], dtype=float)
             epochs = np.arange(1, lines.shape[1] + 1)
             axes.plot(epochs, lines.T, color=f"C{index}", linewidth=0.7, alpha=0.5)
             axes.plot(epochs, lines.mean(0), color=f"C{index}", linewidth=2, label=router)
@@ -158,11 +158,21 @@ def _class_legend(figure: Figure, axes: Axes) -> None:
     figure.legend(*axes.get_legend_handles_labels(), title="class", loc="outside right upper", fontsize=8)
 
 
+def _mean(values: list[float | None]) -> float:
+    return float(np.mean(np.array(values, dtype=float)))  # null, of a diverged run, becomes NaN
+
+
+def _plain(name: str) -> str:
+    """A class name as text: matplotlib reads $ as mathematics, and leaves labels with a leading underscore out."""
+    return (" " + name if name.startswith("_") else name).replace("$", r"\$")
+
+
 def _stack(axes: Axes, places: Any, table: Any, classes: list[str]) -> None:
     """Bars stacked by class; table (bars, classes)."""
     bottom = np.zeros(len(table))
     for label, name in enumerate(classes):
-        axes.bar(places, table[:, label], 0.8, bottom=bottom, color=f"C{label % 10}", label=name)
+        color = f"C{label}" if len(classes) <= 10 else plt.get_cmap("turbo")(label / (len(classes) - 1))
+        axes.bar(places, table[:, label], 0.8, bottom=bottom, color=color, label=_plain(name))
         bottom += table[:, label]
 
 

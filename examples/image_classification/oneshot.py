@@ -38,7 +38,7 @@ def adapt(
     """Run the test for every novel image that is not in `done` yet; hand each result to `save`."""
     device = data.images.device
     test = split.test.to(device)
-    test_images, test_labels = to_layout(as_float(data.images[test])), data.labels[test]
+    test_images, test_labels = data.images[test], data.labels[test]
     before = accuracy(predict(trained.model, test_images)[0], test_labels)
     finished = {(record["class"], record["image"]) for record in done}
     for label, images in enumerate(split.novel):
@@ -51,13 +51,13 @@ def adapt(
             batch = torch.cat([index[None], anchors]).to(device)
             model = copy.deepcopy(trained.model).eval()
             objective = copy.deepcopy(trained.objective)
-            record = _update(config, model, objective, as_float(data.images[batch]), data.labels[batch])
+            record = _update(config, model, objective, data.images[batch], data.labels[batch])
             after = accuracy(predict(model, test_images)[0], test_labels)
             save({"class": data.classes[label], "image": number, "delta": after - before, **record})
 
 
 def _update(config: Config, model: SRMoE, objective: Objective, images: Tensor, labels: Tensor) -> Record:
-    """Update `model` in place. The first of the images is the novel one."""
+    """Update `model` in place. The first of the images, (1 + anchors, C, H, W) uint8, is the novel one."""
     loss_before, right_before, path = _novel(model, images, labels)
     experts = [list(layer.experts.parameters()) for layer in model.moe_layers]
     if config.scope != "all":
@@ -71,7 +71,7 @@ def _update(config: Config, model: SRMoE, objective: Objective, images: Tensor, 
     first_gradient: Tensor | None = None
     for _ in range(config.oneshot_steps):
         with mixed_precision(images.device):
-            logits, routed = model(to_layout(images))
+            logits, routed = model(to_layout(as_float(images)))
             terms = objective(model, logits, routed, labels)
         optimizer.zero_grad(set_to_none=True)
         terms.total.backward()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .storage import write_atomically
@@ -19,9 +20,9 @@ def write(results: dict[str, Any], out: Path) -> None:
     routers = list(results["summary"])
     console = Console()
     for heading, rows in titled:
-        table = Table("", *routers, title=heading, title_justify="left")
+        table = Table("", *routers, title=escape(heading), title_justify="left")
         for label, cells in rows:
-            table.add_row(label, *cells)
+            table.add_row(escape(label), *cells)
         console.print(table)
     text = "\n".join(f"### {heading}\n\n{markdown(rows, routers)}" for heading, rows in titled) + f"\n{footnote(results)}\n"
     console.print(footnote(results), soft_wrap=True, highlight=False)
@@ -30,7 +31,7 @@ def write(results: dict[str, Any], out: Path) -> None:
 
 def title(results: dict[str, Any]) -> str:
     config = results["config"]
-    number = {(2, 2): "Table 1: ", (4, 4): "Table 2: "}.get((config["layers"], config["experts"]), "")
+    number = {(2, 2): "As table 1: ", (4, 4): "As table 2: "}.get((config["layers"], config["experts"]), "")
     images = results["data"]["images"]
     each = (images["train"] + images["val"] + images["test"]) // len(results["data"]["classes"])
     return (
@@ -64,7 +65,8 @@ def routing_rows(results: dict[str, Any]) -> Rows:
         _row(results, "the same, by chance", "mutual_information_chance", ".3f"),
     ]
     for label, name in (
-        ("Load CV²", "balance"),
+        ("Importance CV²", "importance_cv2"),
+        ("Load CV²", "load_cv2"),
         ("Routing entropy / log K", "entropy"),
         ("Spectral norm", "spectral_norm"),
         ("Stable rank", "stable_rank"),
@@ -87,7 +89,9 @@ def footnote(results: dict[str, Any]) -> str:
 
 def markdown(rows: Rows, routers: list[str]) -> str:
     lines = ["| | " + " | ".join(routers) + " |", "|---|" + "---:|" * len(routers)]
-    lines += [f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows]
+    for label, cells in rows:
+        escaped = label.replace("|", "\\|")
+        lines.append(f"| {escaped} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -96,7 +100,9 @@ def _row(results: dict[str, Any], label: str, name: str, form: str) -> tuple[str
     for summary in results["summary"].values():
         entry = summary[name]
         spread = "" if entry["ci95"] is None else f" ± {entry['ci95']:{form.lstrip('+')}}"
-        cells.append(f"{entry['mean']:{form}}{spread}")
+        # deltas that cancel leave -1e-15; adding 0.0 turns a rounded -0.0 into 0.0
+        mean = round(entry["mean"], int(form[-2])) + 0.0
+        cells.append(f"{mean:{form}}{spread}")
     return label, cells
 
 

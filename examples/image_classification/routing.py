@@ -18,7 +18,7 @@ def measure(probs: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]
     The mutual information of class and path is divided by the entropy of the class: 1 means that the path tells the class.
     With many paths and few images it is above 0 by chance, by `mutual_information_chance`: the mean over 100 shuffles.
     """
-    probs, labels = probs.double().cpu(), labels.cpu()
+    probs, labels = probs.cpu().double(), labels.cpu()
     images, layers, experts = probs.shape
     winners = probs.argmax(-1)
     taken, path = winners.unique(dim=0, return_inverse=True)
@@ -47,7 +47,9 @@ def measure(probs: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]
         "path_counts": {name: counts[:, index].long().tolist() for index, name in enumerate(names)},
         # (L, K, classes): share of each class's images that the expert wins
         "expert_share": (by_expert / counts.sum(1, keepdim=True)).mT.tolist(),
-        "balance": [float(load_balance_loss(probs[:, layer])) for layer in range(layers)],
+        # CV^2 per layer of what the experts get: mean probability (equation 6), and number of images won
+        "importance_cv2": [float(load_balance_loss(probs[:, layer])) for layer in range(layers)],
+        "load_cv2": [float(load_balance_loss(won.sum(0))) for won in by_expert],
         # per layer, divided by log K: 1 is an even mixture of all experts, 0 a hard choice
         "entropy": (entropy / torch.tensor(max(experts, 2)).double().log()).tolist(),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 import shutil
 from importlib.metadata import version
@@ -13,24 +14,29 @@ from typing import Any
 import torch
 from rich.progress import Progress, TaskID
 
+from spectral_router import __version__
+
 from . import oneshot, routing
 from .config import Config, ExperimentError, Options
-from .data import ImageSet, Split, as_float, load, split
+from .data import ImageSet, Split, digest, load, split
 from .progress import bars, console
 from .storage import read_json, write_json
 from .train import Trained, accuracy, predict, spectra, train
 
-PACKAGES = ("spectral-router", "torch", "einops", "numpy")
+PACKAGES = ("torch", "einops", "numpy")
 
 
 def run(config: Config, options: Options) -> dict[str, Any]:
     """Run the experiment, or what is left of it, and return what is written to results.json."""
     device = config.resolved_device()
-    prepare(config, options, device)
     data = load(config)
     for name in data.unreadable:
-        console.print(f"[yellow]skipped, not readable as an image:[/] {name}")
+        console.print(f"skipped, not readable as an image: {name}", style="yellow", markup=False, soft_wrap=True)
+    if data.unreadable:
+        console.print(f"skipped {len(data.unreadable)}, read {len(data.labels)}", style="yellow")
     splits = [split(data.labels, data.classes, config, seed) for seed in range(config.seeds)]
+    # only now, when nothing is left that could be wrong with the input
+    prepare(config, options, device, digest(data))
     data = data._replace(images=_to(data.images, device), labels=_to(data.labels, device))
     parts: dict[str, list[dict[str, Any]]] = {router: [] for router in config.routers}
     with bars() as progress:
@@ -43,10 +49,12 @@ def run(config: Config, options: Options) -> dict[str, Any]:
     results = {
         "config": dataclasses.asdict(config),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version(), "spectral-router": __version__}
+        | {name: version(name) for name in PACKAGES},
         "seeds": list(range(config.seeds)),
         "data": {
             "classes": data.classes,
+            "digest": digest(data),
             "unreadable": data.unreadable,
             "image_shape": list(data.images.shape[1:]),
             "images": {name: len(getattr(splits[0], name).flatten()) for name in Split._fields},
@@ -58,24 +66,30 @@ def run(config: Config, options: Options) -> dict[str, Any]:
     return results
 
 
-def prepare(config: Config, options: Options, device: torch.device) -> None:
-    """Make the output folder, or make sure that the run in it is the one to continue."""
-    settings = dataclasses.asdict(config) | {"device": str(device)}
+def prepare(config: Config, options: Options, device: torch.device, images: str) -> None:
+    """Make the output folder, or make sure that the run in it is the one to continue, on the same images."""
+    settings = dataclasses.asdict(config) | {"device": str(device), "digest": images}
     file = options.out / "config.json"
-    if options.overwrite and file.exists():
+    if options.overwrite:
         for name in ("parts", "models", "figures"):
             shutil.rmtree(options.out / name, ignore_errors=True)
         for name in ("results.json", "tables.md", "config.json"):
             (options.out / name).unlink(missing_ok=True)
-    if file.exists():
+    if file.exists() or (options.out / "parts").exists():
         if not options.resume:
             raise ExperimentError(f"{options.out} already holds a run; pass --resume, --overwrite, or another --out")
         before = read_json(file)
+        if before.pop("digest", None) != settings.pop("digest"):
+            raise ExperimentError(
+                f"--resume needs the images that the run in {options.out} began with, got others from {config.data}; "
+                "bring them back, or begin anew with --overwrite"
+            )
         changed = [name for name in settings if settings[name] != before.get(name)]
         if changed:
             flags = ", ".join(f"--{name.replace('_', '-')} was {before.get(name)}, is {settings[name]}" for name in changed)
             raise ExperimentError(f"--resume needs the settings that the run in {options.out} began with: {flags}")
-    write_json(file, settings)
+    else:
+        write_json(file, settings)
 
 
 def _run_one(
@@ -94,7 +108,7 @@ def _run_one(
     trained = train(config, router, seed, data, chosen, out / "models" / f"{name}.pt", on_epoch)
     if not part:
         test = chosen.test.to(data.images.device)
-        logits, probs = predict(trained.model, as_float(data.images[test]))
+        logits, probs = predict(trained.model, data.images[test])
         part = {
             "seed": seed,
             "accuracy": accuracy(logits, data.labels[test]),
@@ -139,14 +153,14 @@ def _adapt(
 def summarize(parts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Mean and half-width of the 95 % interval (Student's t) over seeds, of every number that a table shows."""
 
-    def figures(part: dict[str, Any]) -> dict[str, float]:
-        scalars = {"accuracy": part["accuracy"]}
+    def figures(part: dict[str, Any]) -> dict[str, float | None]:
+        scalars: dict[str, float | None] = {"accuracy": part["accuracy"]}
         scalars |= {f"delta/{name}": value for name, value in part["oneshot"]["delta"].items()}
-        scalars |= {name: value for name, value in part["oneshot"].items() if isinstance(value, int | float)}
-        scalars |= {name: value for name, value in part["routing"].items() if isinstance(value, int | float)}
+        scalars |= {name: value for name, value in part["oneshot"].items() if not isinstance(value, list | dict)}
+        scalars |= {name: value for name, value in part["routing"].items() if not isinstance(value, list | dict)}
         for name in ("spectral_norm", "stable_rank"):
             scalars |= {f"{name}/{layer}": value for layer, value in enumerate(part[name], 1)}
-        for name in ("balance", "entropy"):
+        for name in ("importance_cv2", "load_cv2", "entropy"):
             scalars |= {f"{name}/{layer}": value for layer, value in enumerate(part["routing"][name], 1)}
         return scalars
 
@@ -154,13 +168,16 @@ def summarize(parts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: interval([row[name] for row in rows]) for name in rows[0]}
 
 
-def interval(values: list[float]) -> dict[str, Any]:
-    """{mean, ci95, n}; ci95 is None for a single value, which has no spread to tell."""
+def interval(values: list[float | None]) -> dict[str, Any]:
+    """{mean, ci95, n}; ci95 is None for a single value, which has no spread to tell. None, of a diverged run, makes it NaN."""
     from scipy.stats import t
 
     n = len(values)
-    half = float(t.ppf(0.975, n - 1)) * stdev(values) / n**0.5 if n > 1 else None
-    return {"mean": fmean(values), "ci95": half, "n": n}
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if len(known) < n:
+        return {"mean": math.nan, "ci95": math.nan if n > 1 else None, "n": n}
+    half = float(t.ppf(0.975, n - 1)) * stdev(known) / n**0.5 if n > 1 else None
+    return {"mean": fmean(known), "ci95": half, "n": n}
 
 
 def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

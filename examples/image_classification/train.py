@@ -74,7 +74,7 @@ def mixed_precision(device: torch.device) -> contextlib.AbstractContextManager[A
 
 
 def to_layout(images: Tensor) -> Tensor:
-    """channels_last: what tensor cores want, and 1.7 times faster on the CPU too (predict, 64 pixels)."""
+    """channels_last: what tensor cores want, and faster on the CPU too."""
     return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -95,7 +95,7 @@ def train(
     checkpoint: Path,
     on_epoch: Callable[[dict[str, Any]], None],
 ) -> Trained:
-    """Train, or go on from `checkpoint`. Batches depend on seed and epoch alone, so both ways end in the same weights."""
+    """Train, or go on from `checkpoint`. Batches depend on seed and epoch alone: on the CPU both end in the same weights."""
     device = data.images.device
     model, objective = build(config, router, seed, data, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
@@ -166,12 +166,12 @@ def _train_epoch(
 
 @torch.no_grad()
 def predict(model: SRMoE, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Float images (n, C, H, W) -> logits (n, classes), probs (n, L, K), both float32, in eval mode."""
+    """Images (n, C, H, W) uint8 -> logits (n, classes), probs (n, L, K), both float32, in eval mode, batch by batch."""
     model.eval()
     logits, probs = [], []
     for batch in images.split(EVAL_BATCH):
         with mixed_precision(images.device):
-            output, routed = model(to_layout(batch))
+            output, routed = model(to_layout(as_float(batch)))
         logits.append(output.float())
         probs.append(torch.stack([layer.probs for layer in routed], dim=1))
     return torch.cat(logits), torch.cat(probs)
@@ -180,7 +180,7 @@ def predict(model: SRMoE, images: Tensor) -> tuple[Tensor, Tensor]:
 def evaluate(model: SRMoE, data: ImageSet, members: Tensor) -> float:
     """Accuracy in percent on some of the images."""
     members = members.to(data.images.device)
-    logits, _ = predict(model, as_float(data.images[members]))
+    logits, _ = predict(model, data.images[members])
     return accuracy(logits, data.labels[members])
 
 

@@ -111,7 +111,7 @@ class SpectralRankPenalty(nn.Module):
         iterate = getattr(self, name, None)
         if iterate is None:
             iterate = fixed_start(fat)
-            if not torch.is_inference_mode_enabled():  # a tensor made there could not be updated in training
+            if not _in_inference_mode():
                 self.register_buffer(name, iterate, persistent=False)
         sigma, rank, u = spectral_values(fat, iterate.to(fat))
         if self.training:
@@ -142,7 +142,7 @@ class SpectralRankPenalty(nn.Module):
                 f"{known}, got {shapes}; use one SpectralRankPenalty for each model"
             )
         count = sum(len(batch) for batch in groups)
-        if torch.is_inference_mode_enabled() and not hasattr(self, "_shapes"):
+        if _in_inference_mode() and not hasattr(self, "_shapes"):
             return
         if self.sigma_target == "initial" and self.anchor is None:
             dtype = torch.float64 if any(batch.dtype == torch.float64 for batch in groups) else torch.float32
@@ -173,6 +173,11 @@ class SpectralRankPenalty(nn.Module):
             f"sigma_target={self.sigma_target!r}, rank_target={self.rank_target}, relative={self.relative}, "
             f"center={self.center}, solver={self.solver!r}"
         )
+
+
+def _in_inference_mode() -> bool:
+    """A buffer made in inference mode could never be updated in training: there, nothing is made. Dynamo cannot ask."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
 def _by_shape(weights: list[Tensor]) -> list[Tensor]:

@@ -68,7 +68,7 @@ class PrototypeRouter(nn.Module):
 
     Attributes:
         prototypes: parameter `(num_experts, dim)`: what `SpectralRankPenalty` takes.
-        log_temperature: scalar parameter if `learnable_temperature`, else a buffer.
+        log_temperature: scalar parameter if `learnable_temperature`, else a buffer if "auto", else None.
 
     Raises:
         ValueError: an argument out of its range, or an input whose last dimension is not `dim`.
@@ -99,7 +99,7 @@ class PrototypeRouter(nn.Module):
         if dim < 1 or num_experts < 1:
             raise ValueError(f"dim and num_experts must be at least 1, got {dim=}, {num_experts=}")
         if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= num_experts):
-            raise ValueError(f"top_k must be a whole number between 1 and num_experts, got {top_k=}, {num_experts=}")
+            raise ValueError(f"top_k must be between 1 and num_experts, got {top_k=}, {num_experts=}")
         if metric not in _METRICS:
             raise ValueError(f"metric must be one of {', '.join(_METRICS)}, got {metric=}")
         if temperature != "auto" and not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
@@ -110,16 +110,20 @@ class PrototypeRouter(nn.Module):
         self.metric: Metric = metric
         self.initial_temperature = temperature
         self.prototypes = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        self.log_temperature: Tensor | None
         log_temperature = torch.empty((), device=device, dtype=dtype)
         if learnable_temperature:
-            self.log_temperature: Tensor = nn.Parameter(log_temperature)
+            self.log_temperature = nn.Parameter(log_temperature)
         else:
-            self.register_buffer("log_temperature", log_temperature)
+            # a fixed number needs no tensor, which half precision would round
+            self.register_buffer("log_temperature", log_temperature if temperature == "auto" else None)
         self.reset_parameters()
 
     @property
     def temperature(self) -> Tensor:
-        """tau, a scalar tensor above 0, in float32 or better."""
+        """τ, a scalar tensor above 0, in float32 or better."""
+        if self.log_temperature is None:
+            return torch.tensor(self.initial_temperature, dtype=torch.float64)
         return _full(self.log_temperature).exp()
 
     @torch.no_grad()
@@ -195,6 +199,8 @@ class PrototypeRouter(nn.Module):
         return -squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()
 
     def _reset_temperature(self) -> None:
+        if self.log_temperature is None:
+            return
         value = self.initial_temperature
         if isinstance(value, str):
             norm = _full(self.prototypes).square().sum(-1).mean().sqrt()

@@ -101,7 +101,7 @@ DATA = [
     ("--data {root}/good --device tpu9", r"--device must be one that PyTorch can use here, got tpu9: "),
     ("--data {root}/good --device cuda:99", r"--device must be one that PyTorch can use here, got cuda:99: "),
     # a device that holds no numbers; to run on the CPU instead, and not say so, would be wrong as well
-    ("--data {root}/good --device meta", r"--device must be one that PyTorch can use here, got meta"),
+    ("--data {root}/good --device meta", r"--device must be one that PyTorch can use here: auto, cpu or cuda, got meta"),
     ("--data {root}/good --out {root}/file", r"cannot write .*file"),
     ("--data {root}/good --out {root}/file/below", r"cannot write .*file.below"),
 ]

@@ -54,7 +54,7 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 def winners(model: nn.Module, images: Tensor) -> list[int]:
     """The experts of the first image, asked of the network itself."""
     with torch.no_grad():
-        return [int(layer.probs[0].argmax()) for layer in model(images)[1]]
+        return [int(layer.probs[0].argmax()) for layer in model(as_float(images))[1]]
 
 
 def changed(before: dict[str, Tensor], after: nn.Module) -> set[str]:

@@ -106,3 +106,10 @@ def test_message_rank_target_out_of_reach(shape: tuple[int, int], target: float)
     )
     with pytest.raises(ValueError, match=message):
         spectral_rank_penalty(torch.eye(*shape), rank_target=target)
+
+
+def test_message_not_a_tensor() -> None:
+    with pytest.raises(TypeError, match=r"weight must be a tensor, got Linear; of a module pass \.weight"):
+        spectral_norm(torch.nn.Linear(3, 2))
+    with pytest.raises(TypeError, match="sigma_target must be a number or a tensor, got sigma_target='initial'"):
+        spectral_rank_penalty(torch.eye(3), "initial")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectral_router import LoadBalanceLoss
+from spectral_router import LoadBalanceLoss, PrototypeRouter
 from spectral_router.functional import load_balance_loss
 
 
@@ -145,6 +145,11 @@ def test_message_not_probabilities() -> None:
     message = r"probs must be floating point, got torch\.int64; pass probabilities, not expert indices"
     with pytest.raises(TypeError, match=message):
         LoadBalanceLoss()(torch.zeros(3, 4, dtype=torch.int64))
+
+
+def test_message_a_whole_router_output() -> None:
+    with pytest.raises(TypeError, match=r"probs must be a tensor, got RouterOutput; of a RouterOutput pass \.probs"):
+        LoadBalanceLoss()(PrototypeRouter(4, 2)(torch.randn(3, 4)))
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 5), (4,), (3, 1), (12,), ()])

@@ -59,10 +59,18 @@ def test_learnable_temperature_is_a_parameter_that_learns() -> None:
     assert router.temperature > 0
 
 
-def test_fixed_temperature_is_a_buffer() -> None:
-    router = PrototypeRouter(8, 4)
+def test_automatic_temperature_is_a_buffer() -> None:
+    router = PrototypeRouter(8, 4, temperature="auto")
     assert {name for name, _ in router.named_parameters()} == {"prototypes"}
     assert {name for name, _ in router.named_buffers()} == {"log_temperature"}
+
+
+def test_fixed_temperature_is_a_number_that_half_precision_cannot_round() -> None:
+    router = PrototypeRouter(8, 4, temperature=0.1, metric="dot").bfloat16()
+    assert set(router.state_dict()) == {"prototypes"}
+    assert router.temperature.item() == 0.1
+    x = torch.randn(3, 8).bfloat16()
+    torch.testing.assert_close(router(x).logits, x.float() @ router.prototypes.float().T / 0.1)
 
 
 # ------------------------------------------------------------------------------------------------------ copies and state
@@ -175,10 +183,12 @@ def test_init_from_leaves_a_parameter_in_place() -> None:
     [
         ({"dim": 0}, "dim and num_experts must be at least 1, got dim=0, num_experts=4"),
         ({"num_experts": -1}, "dim and num_experts must be at least 1, got dim=8, num_experts=-1"),
+        ({"top_k": 2.0}, "top_k must be between 1 and num_experts, got top_k=2.0, num_experts=4"),
+        ({"temperature": None}, 'temperature must be a finite number above 0 or "auto", got temperature=None'),
         ({"top_k": 0}, "top_k must be between 1 and num_experts, got top_k=0, num_experts=4"),
         ({"top_k": 5}, "top_k must be between 1 and num_experts, got top_k=5, num_experts=4"),
         ({"metric": "l1"}, "metric must be one of euclidean, sqeuclidean, cosine, dot, got metric='l1'"),
-        ({"temperature": "warm"}, "temperature must be a number above 0 or \"auto\", got temperature='warm'"),
+        ({"temperature": "warm"}, "temperature must be a finite number above 0 or \"auto\", got temperature='warm'"),
         ({"temperature": 0}, 'temperature must be a finite number above 0 or "auto", got temperature=0'),
         ({"temperature": -1.0}, 'temperature must be a finite number above 0 or "auto", got temperature=-1.0'),
         ({"temperature": math.inf}, 'temperature must be a finite number above 0 or "auto", got temperature=inf'),

@@ -134,6 +134,21 @@ def test_power_recovers_from_broken_weights(bad: str) -> None:
         assert value.item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("options", [{"sigma_target": "initial"}, {"solver": "power"}])
+def test_a_first_call_in_inference_mode_keeps_nothing_and_training_works(options: dict[str, str]) -> None:
+    # a sanity check before training; what is made in inference mode can never be updated in training
+    weights, penalty = gates((4, 16), (4, 16)), SpectralRankPenalty(**options)
+    with torch.inference_mode():
+        before = penalty(weights).item()
+    assert not dict(penalty.named_buffers())
+    value = penalty(weights)
+    assert value.item() == before
+    value.backward()
+    with torch.inference_mode():
+        penalty(weights)
+    penalty(weights).backward()
+
+
 def test_power_finds_a_top_direction_orthogonal_to_its_iterate() -> None:
     # on a diagonal matrix a power iterate that sits in the old top direction never leaves it by itself
     penalty = SpectralRankPenalty(sigma_target=3.0, rank_target=1, solver="power")

@@ -22,6 +22,7 @@ def bars() -> Progress:
         TextColumn("{task.fields[note]}"),
         console=console,
         transient=True,
+        disable=not console.is_terminal,  # in a log file a bar is but blank lines
     )
 
 

@@ -36,7 +36,8 @@ def run(config: Config, options: Options) -> dict[str, Any]:
         console.print(f"skipped {len(data.unreadable)}, read {len(data.labels)}", style="yellow")
     splits = [split(data.labels, data.classes, config, seed) for seed in range(config.seeds)]
     # only now, when nothing is left that could be wrong with the input
-    prepare(config, options, device, digest(data))
+    fingerprint = digest(data)
+    prepare(config, options, device, fingerprint)
     data = data._replace(images=_to(data.images, device), labels=_to(data.labels, device))
     parts: dict[str, list[dict[str, Any]]] = {router: [] for router in config.routers}
     with bars() as progress:
@@ -54,7 +55,7 @@ def run(config: Config, options: Options) -> dict[str, Any]:
         "seeds": list(range(config.seeds)),
         "data": {
             "classes": data.classes,
-            "digest": digest(data),
+            "digest": fingerprint,
             "unreadable": data.unreadable,
             "image_shape": list(data.images.shape[1:]),
             "images": {name: len(getattr(splits[0], name).flatten()) for name in Split._fields},
@@ -79,14 +80,15 @@ def prepare(config: Config, options: Options, device: torch.device, images: str)
         if not options.resume:
             raise ExperimentError(f"{options.out} already holds a run; pass --resume, --overwrite, or another --out")
         before = read_json(file)
-        if before.pop("digest", None) != settings.pop("digest"):
+        changed = [name for name in settings if settings[name] != before.get(name)]
+        if changed == ["digest"]:
             raise ExperimentError(
                 f"--resume needs the images that the run in {options.out} began with, got others from {config.data}; "
                 "bring them back, or begin anew with --overwrite"
             )
-        changed = [name for name in settings if settings[name] != before.get(name)]
         if changed:
-            flags = ", ".join(f"--{name.replace('_', '-')} was {before.get(name)}, is {settings[name]}" for name in changed)
+            names = [name for name in changed if name != "digest"]
+            flags = ", ".join(f"--{name.replace('_', '-')} was {before.get(name)}, is {settings[name]}" for name in names)
             raise ExperimentError(f"--resume needs the settings that the run in {options.out} began with: {flags}")
     else:
         write_json(file, settings)

@@ -1,0 +1,86 @@
+"""What keeps a long run honest: the images it began with, damaged files, a run that diverges."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from test_example_run import CLASSES, make_photos
+
+from examples.image_classification import storage, study
+from examples.image_classification.__main__ import main
+
+FLAGS = "--samples-per-class=20 --novel=2 --epochs=2 --seeds=1 --batch-size=16 --dim=16 --hidden=16 --image-size=16"
+
+
+def command(photos: str, out: Path, *more: str) -> list[str]:
+    return ["--data", photos, "--out", str(out), *FLAGS.split(), "--routers", "spectral", *more]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> str:
+    return make_photos(tmp_path_factory.mktemp("photos"), CLASSES)
+
+
+def test_resuming_on_other_images_is_refused(photos, tmp_path, capsys):
+    # one file more redraws every split: what was trained on would be tested on
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(photos, images)
+    assert main(command(str(images), out)) == 0
+    shutil.copy(images / "dot" / "0.png", images / "dot" / "new.png")
+    capsys.readouterr()
+    assert main(command(str(images), out, "--resume")) == 1
+    message = capsys.readouterr().err
+    assert "--resume needs the images that the run in" in message
+    assert "--overwrite" in message
+    (images / "dot" / "new.png").unlink()
+    assert main(command(str(images), out, "--resume")) == 0
+
+
+def test_a_flag_that_changes_the_images_is_named(photos, tmp_path, capsys):
+    assert main(command(photos, tmp_path)) == 0
+    capsys.readouterr()
+    assert main(command(photos, tmp_path, "--resume", "--image-size=20")) == 1
+    assert "--image-size was 16, is 20" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.json", "parts/spectral-seed0.json", "models/spectral-seed0.pt"])
+def test_a_damaged_file_is_named(photos, tmp_path, capsys, name):
+    assert main(command(photos, tmp_path)) == 0
+    if name.startswith("models"):
+        (tmp_path / "parts" / "spectral-seed0.json").unlink()
+    (tmp_path / name).write_text("{")
+    capsys.readouterr()
+    assert main(command(photos, tmp_path, "--resume")) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: cannot read {tmp_path / name}: ")
+    assert "delete that file, or begin anew with --overwrite" in message
+
+
+def test_a_run_that_diverges_is_reported_and_its_json_is_valid(photos, tmp_path, capsys):
+    assert main(command(photos, tmp_path, "--lr=1e30")) == 0
+    assert "nan" in capsys.readouterr().out
+    text = (tmp_path / "results.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["summary"]["spectral"]["novel_loss_after"]["mean"] is None
+    # from the saved parts alone, too
+    assert main(command(photos, tmp_path, "--lr=1e30", "--resume")) == 0
+    assert (tmp_path / "results.json").read_text() == text
+
+
+def test_no_mean_is_made_of_a_value_that_is_missing():
+    assert math.isnan(study.interval([1.0, None])["mean"])
+    assert math.isnan(study.interval([1.0, math.inf])["ci95"])
+
+
+def test_json_has_null_where_a_number_is_not_finite(tmp_path):
+    storage.write_json(tmp_path / "a.json", {"a": [1.5, math.nan, (math.inf, "b")], "c": True})
+    assert storage.read_json(tmp_path / "a.json") == {"a": [1.5, None, [None, "b"]], "c": True}
+
+
+def test_an_abbreviated_flag_is_refused(capsys):
+    # --seed 7 would otherwise mean seven seeds
+    with pytest.raises(SystemExit, match="2"):
+        main(["--seed", "7"])
+    assert "unrecognized arguments: --seed 7" in capsys.readouterr().err

@@ -111,7 +111,7 @@ def test_stem_norm_and_metric_reach_the_network():
     assert nn.BatchNorm2d not in kinds["none"]
     model = SRMoE(Config(metric="cosine", temperature=0.25), "clustering", 1, 2)
     assert {layer.router.metric for layer in model.moe_layers} == {"cosine"}
-    torch.testing.assert_close(model.moe_layers[0].router.temperature, torch.tensor(0.25))
+    assert model.moe_layers[0].router.temperature.item() == 0.25
 
 
 def images(number: int = 12) -> ImageSet:

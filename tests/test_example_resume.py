@@ -137,7 +137,12 @@ def test_stopped_at_every_save_one_after_the_other(whole, photos, tmp_path, monk
 
 @pytest.mark.parametrize(("kill", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_a_process_stopped_from_outside(whole_long, photos, tmp_path, kill, status):
-    arguments = [sys.executable, "-m", "examples.image_classification", *command(photos, tmp_path, LONG)]
+    # a job that a script put into the background ignores SIGINT, and its children inherit that: listen all the same
+    program = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('examples.image_classification', run_name='__main__')"
+    )
+    arguments = [sys.executable, "-c", program, *command(photos, tmp_path, LONG)]
     process = subprocess.Popen(arguments, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120

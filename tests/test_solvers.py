@@ -241,7 +241,7 @@ def test_operations_do_not_grow_with_the_number_of_gates(options, warm: bool, sh
     # and detaches it into .grad. No arithmetic, no copy.
     growth = {name: many[name] - few[name] for name in many | few if many[name] != few[name]}
     assert growth.keys() <= {"select", "unbind", "detach"}
-    assert max(growth.values()) == 62 * len(shapes)
+    assert max(growth.values()) in (62 * len(shapes), 2 * 62 * len(shapes))  # torch 2.9 detaches twice
 
 
 @OPTIONS

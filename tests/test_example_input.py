@@ -157,7 +157,9 @@ def test_arguments_that_cannot_be_parsed(flags, says, capsys):
 def test_exactly_one_unreadable_percent_is_allowed_and_told(root, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("examples.image_classification.figures.draw", lambda *_: [])
     assert main([*QUICK, "--data", str(root / "limit"), "--out", str(tmp_path)]) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if "not readable" in line]
+    told = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("skipped 2, read ") for line in told)
+    lines = [line for line in told if "not readable" in line]
     assert [Path(line.split(": ")[1]).name for line in lines] == ["000.png", "scan [old].png"]
 
 

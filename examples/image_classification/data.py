@@ -55,9 +55,8 @@ def load(config: Config) -> ImageSet:
         wanted = config.classes or classes
         loaded = ImageSet(_resize(images, config.image_size or 32), labels, classes, [], "flip")
     else:
-        wanted = config.classes or []
         loaded = _folder(Path(config.data), config.image_size or 64)
-        wanted = wanted or loaded.classes
+        wanted = config.classes or loaded.classes
     loaded = _keep_classes(loaded, wanted)
     if len(loaded.classes) < 2:
         raise ExperimentError(f"the data must have at least two classes, got {', '.join(loaded.classes)} in {config.data}")

@@ -1,10 +1,22 @@
 """Healthy mixture-of-experts routers: distance-based gates, spectral penalties, load balancing."""
 
 from . import functional
+from .gates import Gate, find_gates
 from .losses import LoadBalanceLoss
 from .penalties import SpectralRankPenalty
 from .router import PrototypeRouter, RouterOutput
+from .wrap import MoEHandle, wrap_moe
 
 __version__ = "0.1.0"
 
-__all__ = ["LoadBalanceLoss", "PrototypeRouter", "RouterOutput", "SpectralRankPenalty", "functional"]
+__all__ = [
+    "Gate",
+    "LoadBalanceLoss",
+    "MoEHandle",
+    "PrototypeRouter",
+    "RouterOutput",
+    "SpectralRankPenalty",
+    "find_gates",
+    "functional",
+    "wrap_moe",
+]

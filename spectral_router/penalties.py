@@ -85,16 +85,28 @@ class SpectralRankPenalty(nn.Module):
         self.register_buffer("anchor", None)
 
     def forward(self, weights: Tensor | Iterable[Tensor]) -> Tensor:
-        groups = _by_shape([weights] if isinstance(weights, Tensor) else list(weights))
+        terms = [term.sum() for term in self._terms([weights] if isinstance(weights, Tensor) else list(weights))[0]]
+        # gates may live on several devices
+        return torch.stack([term.to(terms[0].device) for term in terms]).sum() if len(terms) > 1 else terms[0]
+
+    @torch.no_grad()
+    def each(self, weights: Iterable[Tensor]) -> Tensor:
+        """The penalty of each matrix, `(n,)` detached, in the order given: what `forward` sums up."""
+        terms, positions = self._terms(list(weights))
+        order = torch.tensor([p for group in positions for p in group]).argsort()
+        return torch.cat([term.cpu() for term in terms])[order]
+
+    def _terms(self, weights: list[Tensor]) -> tuple[list[Tensor], list[list[int]]]:
+        """For each group of matrices of equal shape: their penalties, and their positions."""
+        groups, positions = _by_shape(weights)
         rank_targets = [functional.resolve_rank_target(self.rank_target, batch, centered=self.center) for batch in groups]
         self._remember(groups)
         terms, first = [], 0
         for index, (batch, rank_target) in enumerate(zip(groups, rank_targets, strict=True)):
             last = first + len(batch)
-            terms.append(self._group_penalty(batch, rank_target, index, slice(first, last)).sum())
+            terms.append(self._group_penalty(batch, rank_target, index, slice(first, last)))
             first = last
-        # gates may live on several devices
-        return torch.stack([term.to(terms[0].device) for term in terms]).sum() if len(terms) > 1 else terms[0]
+        return terms, positions
 
     def _group_penalty(self, batch: Tensor, rank_target: float, index: int, members: slice) -> Tensor:
         if self.center:
@@ -114,7 +126,7 @@ class SpectralRankPenalty(nn.Module):
             if not _in_inference_mode():
                 self.register_buffer(name, iterate, persistent=False)
         sigma, rank, u = spectral_values(fat, iterate.to(fat))
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             iterate.copy_(u)
         return sigma, rank
 
@@ -180,18 +192,22 @@ def _in_inference_mode() -> bool:
     return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
-def _by_shape(weights: list[Tensor]) -> list[Tensor]:
-    """One batch (B, K, d) for each distinct shape, dtype and device, in the order of first appearance."""
+def _by_shape(weights: list[Tensor]) -> tuple[list[Tensor], list[list[int]]]:
+    """One batch (B, K, d) for each distinct shape, dtype and device, in the order of first appearance, and the positions."""
     groups: dict[tuple[Any, ...], list[Tensor]] = {}
+    positions: dict[tuple[Any, ...], list[int]] = {}
     for position, weight in enumerate(weights):
         if not isinstance(weight, Tensor):
             raise TypeError(f"weights must be tensors, got {type(weight).__name__} at position {position}; pass module.weight")
         if weight.ndim < 2:
             raise ValueError(f"weights must be matrices (experts, dim), got shape {tuple(weight.shape)} at position {position}")
-        groups.setdefault((weight.shape, weight.dtype, weight.device), []).append(weight)
+        kind = (weight.shape, weight.dtype, weight.device)
+        groups.setdefault(kind, []).append(weight)
+        positions.setdefault(kind, []).append(position)
     if not groups:
         raise ValueError("weights must hold at least one matrix, got none")
-    return [
+    batches = [
         rearrange(group, "g ... k d -> (g ...) k d") if len(group) > 1 else rearrange(group[0], "... k d -> (...) k d")
         for group in groups.values()
     ]
+    return batches, list(positions.values())

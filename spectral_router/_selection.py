@@ -1,0 +1,118 @@
+"""Which gates of a model are meant: by default all that are found, else those that the caller names."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Union
+
+from torch import nn
+
+from .gates import Gate, find_gates, gate_in, looks_like_gate
+
+# a name or its suffix, a regular expression for the full name, a module class, a predicate, a Gate; or several of them
+Selector = Union[str, "re.Pattern[str]", type[nn.Module], Callable[[str, nn.Module], bool], Gate, Iterable["Selector"]]
+
+
+def select_gates(model: nn.Module, gates: Selector | None, exclude: Selector | None) -> list[Gate]:
+    found = find_gates(model)
+    chosen = found if gates is None else _named(model, gates, found)
+    if exclude is not None:
+        wanted = _flat(exclude)
+        kept = [gate for gate in chosen if not any(_meets(rule, gate.name, gate.module) or rule is gate for rule in wanted)]
+        if len(kept) == len(chosen):
+            raise ValueError(f"exclude={exclude!r} matches none of the gates: {', '.join(gate.name for gate in chosen)}")
+        chosen = kept
+    _warn_of_quantised(model, chosen)
+    if not chosen:
+        raise ValueError(
+            f"no router gate found in {type(model).__name__}{_hint(_gate_like(model))}; name the gates with "
+            'gates=: a suffix such as "mlp.gate", a class, or Gate objects'
+        )
+    return chosen
+
+
+def _named(model: nn.Module, gates: Selector, found: list[Gate]) -> list[Gate]:
+    chosen: list[Gate] = []
+    modules = dict(model.named_modules())
+    for rule in _flat(gates):
+        if isinstance(rule, Gate):
+            if rule.module not in modules.values():
+                raise ValueError(f"the module of Gate {rule.name!r} is not a part of {type(model).__name__}")
+            matched = [rule]
+        else:
+            names = [name for name, module in modules.items() if name and _meets(rule, name, module)]
+            matched = [gate for name in names for gate in _at(model, name, modules, found)]
+            if isinstance(rule, (str, re.Pattern)):
+                matched += _parameters(model, rule, modules)
+        if not matched:
+            near = difflib.get_close_matches(str(rule), {re.sub(r"^.*?\.\d+\.", "", name) for name in modules}, 5, 0.3)
+            raise ValueError(f"gates={rule!r} matches no module with a matrix in {type(model).__name__}{_hint(near)}")
+        chosen += [gate for gate in matched if all(gate.name != other.name for other in chosen)]
+    return chosen
+
+
+def _at(model: nn.Module, name: str, modules: dict[str, nn.Module], found: list[Gate]) -> list[Gate]:
+    """The gates that the search found at or below a named module, else what the module itself gives."""
+    below = [gate for gate in found if f"{gate.name}.".startswith((f"{name}.", f"{name}["))]
+    return below or gate_in(name, modules[name], modules.get(name.rpartition(".")[0]))
+
+
+def _parameters(model: nn.Module, rule: str | re.Pattern[str], modules: dict[str, nn.Module]) -> list[Gate]:
+    gates = []
+    for path, parameter in model.named_parameters():
+        owner, _, attribute = path.rpartition(".")
+        if parameter.ndim == 2 and _meets(rule, path, modules[owner]):
+            gates.append(Gate(owner, modules[owner], len(parameter), attribute, reads="input"))
+    return gates
+
+
+def _flat(rules: Selector) -> list[Selector]:
+    if isinstance(rules, (str, re.Pattern, Gate)) or callable(rules):
+        return [rules]
+    if not isinstance(rules, Iterable):
+        raise TypeError(f"gates and exclude take names, patterns, module classes, predicates or Gate objects, got {rules!r}")
+    return [rule for item in rules for rule in _flat(item)]
+
+
+def _meets(rule: Selector, name: str, module: nn.Module) -> bool:
+    if isinstance(rule, str):
+        return name == rule or name.endswith(f".{rule}") or _fullmatch(rule, name)
+    if isinstance(rule, re.Pattern):
+        return rule.fullmatch(name) is not None
+    if isinstance(rule, type):
+        return isinstance(module, rule)
+    return callable(rule) and bool(rule(name, module))  # type: ignore[arg-type]
+
+
+def _fullmatch(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error:
+        raise ValueError(f"gates and exclude take a name, a suffix or a valid regular expression, got {pattern!r}") from None
+
+
+def _gate_like(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if looks_like_gate(name.rpartition(".")[2], module)][:5]
+
+
+def _hint(names: list[str]) -> str:
+    return f" (nearest: {', '.join(names)})" if names else ""
+
+
+def _warn_of_quantised(model: nn.Module, chosen: list[Gate]) -> None:
+    names = [
+        name
+        for name, module in model.named_modules()
+        if looks_like_gate(name.rpartition(".")[2], module)
+        and any(p.ndim == 2 and not p.is_floating_point() for p in module.parameters())
+        and not any(gate.name.startswith(name) for gate in chosen)
+    ]
+    if names:
+        warnings.warn(
+            f"wrap_moe skips quantised gates, whose weights hold no numbers to penalise: {', '.join(names)}; keep them out "
+            "of the quantisation (in transformers: modules_to_not_convert)",
+            stacklevel=4,
+        )

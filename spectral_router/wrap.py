@@ -1,0 +1,269 @@
+"""wrap_moe: router penalties on any existing mixture-of-experts model, by hooks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ._recorder import AfterModel, AtGate, BeforeModel, Hook, Recorder
+from ._selection import Selector, select_gates
+from .functional import load_balance_loss, spectral_norm, stable_rank
+from .gates import Gate
+from .losses import LoadBalanceLoss
+from .penalties import SpectralRankPenalty
+
+__all__ = ["MoEHandle", "wrap_moe"]
+
+Penalty = Callable[[Sequence[Tensor]], Tensor]
+Balance = Callable[[Tensor, "Tensor | None"], Tensor]
+# an expert whose share of the routing probability is below this part of an even share counts as dead
+_DEAD = 0.01
+
+
+class MoEHandle(Recorder):
+    """What `wrap_moe` attached to a model: its term, its measurements, and the way back.
+
+    Attributes:
+        model: the wrapped model.
+        gates: the list of `Gate`, in the order of the model.
+        penalty, balance: the two callables, or None.
+        penalty_coef, balance_coef: α and β of equation 7; plain floats that may be changed between steps.
+
+    `print(handle)` is a table of the gates. As a context manager it removes itself at the end.
+    """
+
+    @classmethod
+    def of(cls, model: nn.Module) -> MoEHandle | None:
+        """The handle of a wrapped model, or None: for a model that was copied or loaded while wrapped."""
+        handles = {id(hook.handle): hook.handle for _, _, hook in _hooks_below(model)}
+        return next(iter(handles.values()), None)
+
+    def loss(self) -> Tensor:
+        """The term of the last training forward: `penalty_coef` x penalty + `balance_coef` x the sum of the balance losses.
+
+        For models that return no loss, or under `add_to_loss=False`: add it to your own loss, once a forward.
+
+        Raises:
+            RuntimeError: the term is in the model's loss already, was taken already, or there was no training forward.
+        """
+        if self._term is None:
+            raise RuntimeError(self._why_no_term())
+        term, self._term = self._term, None
+        self._state = "taken by handle.loss()"
+        return term
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Detached floats for each gate, by its name, of its weight as it is now and of the last training forward.
+
+        sigma_max and stable_rank of the weight; penalty: this gate's part; balance: CV², squared coefficient of variation of
+        the experts' mean probability; entropy: of that mean, over log K, in [0, 1]; max_share: its largest
+        entry; dead: the number of experts below 1 % of an even share; loss: this gate's part of the term, coefficients
+        included. What needs a training forward is NaN before the first one. This reads numbers back from the device, so
+        call it at logging steps; under FSDP2 and ZeRO-3 call it on every rank.
+        """
+        weights = [self.full_weight(gate).detach() for gate in self.gates]
+        penalties = self._penalty_of_each(weights)
+        report = {}
+        for index, (gate, weight) in enumerate(zip(self.gates, weights, strict=True)):
+            row = {"sigma_max": spectral_norm(weight).item(), "stable_rank": stable_rank(weight).item()}
+            row["penalty"] = penalties[index]
+            share = self._shares.get(index)
+            if share is None:
+                row |= dict.fromkeys(("balance", "entropy", "max_share", "dead"), math.nan)
+            else:
+                share = share / share.sum().clamp_min(1e-30)
+                entropy = -(share * share.clamp_min(1e-30).log()).sum() / math.log(max(len(share), 2))
+                row["balance"] = load_balance_loss(share[None]).item()
+                row["entropy"], row["max_share"] = entropy.item(), share.max().item()
+                row["dead"] = float((share < _DEAD / len(share)).sum())
+            parts = ((self.penalty, self.penalty_coef, "penalty"), (self.balance, self.balance_coef, "balance"))
+            row["loss"] = sum(coef * row[name] for part, coef, name in parts if part is not None)
+            report[gate.name] = row
+        return report
+
+    def _penalty_of_each(self, weights: list[Tensor]) -> list[float]:
+        if self.penalty is None:
+            return [0.0] * len(weights)
+        each = getattr(self.penalty, "each", None)
+        if each is None:  # anyone's callable: one gate at a time
+            return [float(self.penalty([weight])) for weight in weights]
+        parts: list[float] = each([weights[group[0]] for group in self.penalised()]).tolist()
+        values = dict.fromkeys(range(len(weights)), 0.0)
+        for group, part in zip(self.penalised(), parts, strict=True):
+            values |= dict.fromkeys(group, part)
+        return [values[index] for index in range(len(weights))]
+
+    def remove(self) -> None:
+        """Take every hook off; the model is then what it was. Safe to call twice."""
+        for module, registry, hook in list(_hooks_below(self.model)):
+            if hook.handle is self:
+                for key in [key for key, value in registry.items() if value is hook]:
+                    del registry[key]
+                    for flags in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
+                        getattr(module, flags).pop(key, None)
+        self.forget()
+        self.attached = False
+
+    def __enter__(self) -> MoEHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the objective depends on beyond the model: the state of penalty and balance (anchors, iterates, statistics)."""
+        return {
+            "gates": {gate.name: (gate.num_experts, gate.dim) for gate in self.gates},
+            **{name: _tensors(part) for name, part in (("penalty", self.penalty), ("balance", self.balance))},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the state of another handle on the same gates.
+
+        Raises:
+            ValueError: the state is of other gates.
+        """
+        here = {gate.name: (gate.num_experts, gate.dim) for gate in self.gates}
+        there = {name: tuple(shape) for name, shape in state["gates"].items()}
+        if here != there:
+            different = [name for name in here | there if here.get(name) != there.get(name)]
+            raise ValueError(f"the state is of other gates than this handle's; they differ in {', '.join(different)}")
+        for name, part in (("penalty", self.penalty), ("balance", self.balance)):
+            if isinstance(part, nn.Module):
+                _restore(part, state[name], next(self.model.parameters()).device)
+
+    def __repr__(self) -> str:
+        head = ("gate", "class", "experts x dim", "scoring", "read from")
+        rows = [head] + [
+            (g.name, type(g.module).__name__, f"{g.num_experts} x {g.dim}", g.scoring, g.how) for g in self.gates
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        parts = [f"{c} x {p!r}" for p, c in ((self.penalty, self.penalty_coef), (self.balance, self.balance_coef)) if p]
+        return "\n".join([f"{type(self.model).__name__}: {' + '.join(parts) or 'nothing added'}", *lines])
+
+
+def wrap_moe(
+    model: nn.Module,
+    *,
+    penalty: Penalty | Literal["default"] | None = "default",
+    balance: Balance | Literal["default"] | None = "default",
+    penalty_coef: float = 1e-2,
+    balance_coef: float = 1e-2,
+    gates: Selector | None = None,
+    exclude: Selector | None = None,
+    add_to_loss: bool = True,
+) -> MoEHandle:
+    """Attach a weight penalty and a balance loss to the gates of a model, with no change to the model or its training loop.
+
+        loss = task + penalty_coef · Σ penalty(W_l) + balance_coef · Σ balance(p_l)
+
+    In training, where the model's output carries a loss (a transformers `ModelOutput`, a mapping with "loss", an object with
+    a `loss`), a forward hook adds the term to it: loss scaling, gradient accumulation, mixed precision,
+    activation checkpointing and trainers work as they do without it. Otherwise add `handle.loss()` to your own
+    loss after the forward. Outside training nothing is computed and nothing kept. No parameter, buffer or submodule is
+    added.
+
+    Args:
+        model: any module with router gates. Wrap the outermost module that is called, after PEFT and before `torch.compile`;
+            before or after `fully_shard`, after `deepspeed.initialize`.
+        penalty: reads weights: a callable (list of (experts, dim) tensors) -> scalar. "default" is a new
+            `SpectralRankPenalty("initial", relative=True)`; None is none.
+        balance: reads probabilities: a callable (probs (tokens, experts), mask or None) -> scalar, called once for each call
+            of a gate, never on pooled layers. "default" is a new `LoadBalanceLoss()`; None is none. Where the model is called
+            with an `attention_mask`, padding is masked out.
+        penalty_coef: α of equation 7, at least 0.
+        balance_coef: β of equation 7, at least 0.
+        gates: None finds them all (`find_gates`); or a name or its suffix, a regular expression that matches the full
+            name, a module class, a predicate (name, module) -> bool, `Gate` objects, or a list of these.
+        exclude: in the same terms, gates to leave out.
+        add_to_loss: False leaves the model's loss alone; add `handle.loss()`.
+
+    Returns:
+        `MoEHandle`: the term, measurements, state, and `remove()`; also a context manager.
+
+    Raises:
+        ValueError: no gate found or matched (the message lists near misses), a coefficient below 0, or a model
+            that is wrapped already.
+        TypeError: a selector, penalty or balance of the wrong kind.
+
+    Warns:
+        UserWarning, once each, with names: gates that are frozen, quantised or did not run in the first training forward; a
+        model compiled before; the model's own balance loss also on; a term that nobody used.
+
+    Source:
+        equation 7 of arXiv:2601.03889.
+
+    >>> import torch
+    >>> class MoE(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.router = nn.Linear(16, 4)
+    ...         self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+    ...     def forward(self, x):
+    ...         probs = self.router(x).softmax(-1)
+    ...         return sum(p * expert(x) for p, expert in zip(probs.split(1, -1), self.experts))
+    >>> model = MoE()
+    >>> handle = wrap_moe(model)
+    >>> (model(torch.randn(8, 16)).square().mean() + handle.loss()).backward()
+    >>> print(handle)  # doctest: +NORMALIZE_WHITESPACE
+    MoE: 0.01 x SpectralRankPenalty(...) + 0.01 x LoadBalanceLoss(unbiased=False)
+    gate    class   experts x dim  scoring  read from
+    router  Linear  4 x 16         softmax  output: logits
+    """
+    for name, coef in (("penalty_coef", penalty_coef), ("balance_coef", balance_coef)):
+        if not 0 <= coef < math.inf:
+            raise ValueError(f"{name} must be a finite number of at least 0, got {name}={coef}")
+    if penalty == "default":
+        penalty = SpectralRankPenalty("initial", relative=True)
+    if balance == "default":
+        balance = LoadBalanceLoss()
+    for name, part in (("penalty", penalty), ("balance", balance)):
+        if part is not None and not callable(part):
+            raise TypeError(f'{name} must be a callable, "default" or None, got {part!r}')
+    compiled = getattr(model, "_orig_mod", None)
+    root: nn.Module = model if compiled is None else compiled
+    if MoEHandle.of(root) is not None:
+        raise ValueError(f"{type(root).__name__} is wrapped already; call MoEHandle.of(model).remove() first")
+    chosen = select_gates(root, gates, exclude)
+    handle = MoEHandle(root, chosen, penalty, balance, penalty_coef, balance_coef, add_to_loss)
+    handle.warn_at_wrapping()
+    root.register_forward_pre_hook(BeforeModel(handle), with_kwargs=True)
+    root.register_forward_hook(AfterModel(handle), with_kwargs=True, always_call=True)
+    for index, gate in enumerate(chosen):
+        # first of the module's hooks: sharding engines free the weight in theirs
+        gate.module.register_forward_hook(AtGate(handle, index), with_kwargs=True, prepend=True)
+    return handle
+
+
+def _hooks_below(model: nn.Module) -> list[tuple[nn.Module, dict[int, Any], Hook]]:
+    return [
+        (module, registry, hook)
+        for module in model.modules()
+        for registry in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in registry.values()
+        if isinstance(hook, Hook)
+    ]
+
+
+def _tensors(part: object) -> dict[str, Tensor]:
+    if not isinstance(part, nn.Module):
+        return {}
+    return {name: tensor.detach().clone() for name, tensor in (*part.named_parameters(), *part.named_buffers())}
+
+
+def _restore(part: nn.Module, tensors: Mapping[str, Tensor], device: Any) -> None:
+    """Buffers that are made at the first call, or stay out of `state_dict`, come back too."""
+    persistent = set(part.state_dict())
+    for path, tensor in tensors.items():
+        owner_path, _, name = path.rpartition(".")
+        owner = part.get_submodule(owner_path)
+        current = getattr(owner, name, None)
+        if isinstance(current, Tensor) and current.shape == tensor.shape:
+            current.data.copy_(tensor)
+        else:
+            stays = path in persistent or name in owner._buffers
+            owner.register_buffer(name, tensor.detach().clone().to(device), persistent=stays)

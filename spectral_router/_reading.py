@@ -33,8 +33,17 @@ _RAW: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
 }
+
+
+def _product_keys(logits: Tensor) -> Tensor:
+    """Doge cuts its logits in two along the flattened batch, as is done here, and scores row keys and column keys apart."""
+    rows, columns = logits.reshape(2, -1, logits.shape[-1] // 2).softmax(-1)
+    return torch.cat([rows, columns], -1) / 2
+
+
 # logits (*, K) -> probs (*, K), by the name of the scoring
 SCORES = {name: score if name == "softmax" else _normalised(score) for name, score in _RAW.items()}
+SCORES["product_keys"] = _product_keys
 
 
 def first_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -70,10 +79,12 @@ def observe(gate: Gate, block: nn.Module | None) -> Gate:
     # a plain linear layer hands out its logits, if it is called; PEFT's layer around one does too
     plain = type(scorer).forward is nn.Linear.forward
     gate.scoring = _named_scoring([gate.module, scorer, block]) or "softmax"
+    if gate.num_experts == 2 * getattr(block, "num_keys", -1):
+        gate.scoring = "product_keys"
     if not scorer_path and plain:
         gate.reads = "logits"
         return gate
-    if block is None and not re.search(r"rout|gat", type(gate.module).__name__, re.I):
+    if block is None:
         return gate  # the parameter of a block: its output is tokens
     trial = _try(gate, scorer_path if plain else None)
     if trial is None:
@@ -106,7 +117,8 @@ def _try(gate: Gate, scorer_path: str | None) -> _Trial | None:
     memo: dict[int, Any] = {id(getattr(module, hooks)): OrderedDict() for module in router.modules() for hooks in _HOOKS}
     generator = torch.Generator().manual_seed(0)
     matrix = router.get_parameter(gate.parameter)
-    tokens = torch.randn(_TOKENS, gate.dim, generator=generator)
+    # what the matrix scores may be a projection of the tokens
+    widths = [gate.dim, *(module.in_features for module in router.modules() if isinstance(module, nn.Linear))]
     # of a size that shows soft caps and tells sigmoid from softmax
     scored = torch.randn(matrix.shape, generator=generator) * 2 * gate.dim**-0.5
     for tensor in (*router.parameters(), *router.buffers()):
@@ -119,27 +131,37 @@ def _try(gate: Gate, scorer_path: str | None) -> _Trial | None:
         if scorer_path is not None:
             twin.get_submodule(scorer_path).register_forward_hook(lambda _module, _args, output: seen.append(output))
         with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
-            outputs = _call(twin, tokens, gate.num_experts)
-    except Exception:  # whatever a foreign module may raise: then the source decides
+            for width in widths:
+                tokens = torch.randn(_TOKENS, width, generator=generator)
+                outputs = _call(twin, tokens, gate.num_experts)
+                if outputs is not None:
+                    break
+    except Exception:  # a foreign module that cannot be copied
         return None
-    base: Tensor | None = seen[0].reshape(_TOKENS, -1) if seen else None
-    if base is None and gate.index is None:
+    if outputs is None:
+        return None
+    base: Tensor | None = seen[-1].reshape(_TOKENS, -1) if seen else None
+    if base is None and gate.index is None and width == gate.dim:
         original, gate.module = gate.module, twin
         base = gate.logits(tokens)
         gate.module = original
     return _Trial(outputs, base, called=bool(seen))
 
 
-def _call(router: nn.Module, tokens: Tensor, num_experts: int) -> list[tuple[int | str | None, Tensor]]:
-    """Run with what the signature asks for besides tokens, on a flat and on a batched layout."""
+def _call(router: nn.Module, tokens: Tensor, num_experts: int) -> list[tuple[int | str | None, Tensor]] | None:
+    """Run with what the signature asks for besides tokens, on a flat and on a batched layout; None if neither will do."""
     extra: list[Any] = []
     for parameter in list(inspect.signature(router.forward).parameters.values())[1:]:
         if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
             extra.append(torch.zeros(num_experts) if "bias" in parameter.name else None)
-    try:
-        output = router(tokens, *extra)
-    except Exception:  # some gates only take (batch, tokens, dim)
-        output = router(tokens[None], *extra)
+    for layout in (tokens, tokens[None]):  # some gates only take (batch, tokens, dim)
+        try:
+            output = router(layout, *extra)
+            break
+        except Exception:  # whatever a foreign module may raise: then its source decides
+            continue
+    else:
+        return None
     if isinstance(output, Tensor):
         return [(None, output)]
     items = output.items() if isinstance(output, Mapping) else enumerate(output)
@@ -183,16 +205,15 @@ def _judge_scoring(gate: Gate, trial: _Trial, logits: Tensor | None) -> None:
     """Combine weights handed out, (tokens, k) with indices or sparse (tokens, experts), are scores up to a factor a token."""
     if logits is None:
         return
-    chosen = [t.reshape(_TOKENS, -1) for _, t in trial.outputs if not t.is_floating_point() and t.dtype != torch.bool]
-    for _, tensor in trial.outputs:
-        if not tensor.is_floating_point() or tensor.numel() % _TOKENS:
+    rows = [tensor.reshape(_TOKENS, -1) for _, tensor in trial.outputs if tensor.numel() % _TOKENS == 0]
+    chosen = [t for t in rows if not t.is_floating_point() and t.dtype != torch.bool and 0 <= t.min() <= t.max() < logits.shape[1]]
+    for weights in rows:
+        if not weights.is_floating_point():
             continue
-        weights = tensor.reshape(_TOKENS, -1)
-        places = [i for i in chosen if i.shape == weights.shape and i.min() >= 0 and i.max() < logits.shape[1]]
+        places = [indices for indices in chosen if indices.shape == weights.shape]
         if weights.shape == logits.shape and (weights == 0).any():
-            weights, places = weights.topk(int((weights != 0).sum(-1).min().clamp_min(1)), dim=-1)[0], [
-                weights.topk(int((weights != 0).sum(-1).min().clamp_min(1)), dim=-1)[1]
-            ]
+            weights, indices = weights.topk(int((weights != 0).sum(-1).min().clamp_min(1)))
+            places = [indices]
         for place in places:
             fits = [name for name, score in _RAW.items() if _proportional(weights, score(logits).gather(1, place))]
             if len(fits) == 1:
@@ -234,10 +255,21 @@ def _named_scoring(modules: list[nn.Module | None]) -> str | None:
     return None
 
 
+def multiplied_from_left(owner: nn.Module, name: str) -> bool:
+    """Whether a square matrix is (dim, experts), as in x @ W; by the source, else by the name."""
+    if found := re.search(rf"@ *self\.{name}\b(\.m?T\b|\.t\()?|linear\([^()]*self\.{name}\b", _source(owner)):
+        return found[0].startswith("@") and not found[1]
+    return name.startswith(("w_", "sim_"))
+
+
 def _source(module: nn.Module) -> str:
-    if type(module).__module__.startswith("torch.nn."):
-        return ""
-    try:
-        return inspect.getsource(type(module))
-    except (OSError, TypeError):  # defined where there is no file
-        return ""
+    """The source of the module's class and of those it is made from, up to torch's own."""
+    text = ""
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith("torch.nn."):
+            break
+        try:
+            text += inspect.getsource(kind)
+        except (OSError, TypeError):  # defined where there is no file
+            continue
+    return text

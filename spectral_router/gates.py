@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ._reading import SCORES, first_tokens, observe, pick, with_adapters
+from ._reading import SCORES, first_tokens, multiplied_from_left, observe, pick, with_adapters
 
 __all__ = ["Gate", "find_gates"]
 
@@ -28,7 +28,7 @@ _GATE_NAME = re.compile(
 _GATE_CLASS = re.compile(r"router|gating|(?:top_?k|top\d|moe|naive|noisy|switch|gshard|cosine|expert|token).*gate", re.I)
 # inside a router: not what scores the experts
 _NOT_SCORING = re.compile(r"noise|bias|norm|scale|statics|lora_|temperature|_inv_")
-_NOT_A_COUNT = re.compile(r"per|top|shared|capacity|size|dim|hidden|group|parallel|rank|idx|index|_id|layer|step|freq|dense")
+_NOT_A_COUNT = re.compile(r"_per|top|shared|capacity|size|dim|hidden|group|parallel|rank|idx|index|_id|layer|step|freq|dense")
 
 
 @dataclass(eq=False, repr=False)
@@ -43,7 +43,7 @@ class Gate:
             experts (rows beyond the K-th are for something else and left out); see `transposed`. A flat parameter of
             K x dim entries is viewed as rows.
         scoring: what makes probabilities of logits: "softmax", or "sigmoid" and "sqrtsoftplus", which are then normalised to
-            sum to one for each token.
+            sum to one for each token; or "product_keys", Doge's: two softmaxes, over keys whose pairs are the experts, halved.
         transposed: the matrix is (dim, experts).
         index: the matrix is entry `index` of a stack (experts outside, dim, experts inside), as in hierarchical MoEs.
         reads: "logits": the module's output, or its entry at `position`, holds logits over all experts; "probs": it holds
@@ -153,16 +153,14 @@ def find_gates(model: nn.Module) -> list[Gate]:
     [Gate('0.router', 4 experts x 16, softmax, output: logits), Gate('1.router', 4 experts x 16, softmax, output: logits)]
     """
     gates: list[Gate] = []
-    inside: list[str] = []  # subtrees of gates
+    inside: list[str] = []  # prefixes of what lies in gates found so far
     for name, block in model.named_modules():
-        if any(name.startswith(prefix) for prefix in inside):
-            continue
         for path, router in _candidates(name, block):
-            found = _gates_in(path, router, block)
-            if found and not any(path == seen[:-1] for seen in inside):
+            if not f"{path}.".startswith(tuple(inside)) and (found := _gates_in(path, router, block)):
                 gates += found
-                inside.append(path + ".")
-        gates += _raw_gates(name, block, gates)
+                inside.append(f"{path}." if path else "")
+        if not f"{name}.".startswith(tuple(inside)):
+            gates += _raw_gates(name, block)
     return gates
 
 
@@ -205,6 +203,8 @@ def _gates_in(name: str, router: nn.Module, block: nn.Module) -> list[Gate]:
         return wrapped
     matrices = list(_matrices(router))
     counts = _counts(router) | _counts(block) | _neighbours(block, router)
+    if not counts and _beside_experts(block) and [type(router.get_submodule(path.rpartition(".")[0])) for path, _ in matrices] == [nn.Linear]:
+        counts = {len(matrices[0][1])}  # the only layer of a router whose experts do not tell their number
     for slack in range(5 if _GATE_CLASS.search(type(router).__name__) else 1):
         for path, parameter in reversed(matrices):
             sides = parameter.shape if parameter.ndim > 1 else ()
@@ -216,16 +216,14 @@ def _gates_in(name: str, router: nn.Module, block: nn.Module) -> list[Gate]:
     return []
 
 
-def _raw_gates(name: str, block: nn.Module, found: Iterable[Gate]) -> list[Gate]:
+def _raw_gates(name: str, block: nn.Module) -> list[Gate]:
     """A matrix that is a parameter of the block itself."""
-    if any(gate.name == name for gate in found):
-        return []
     gates: list[Gate] = []
     counts = _counts(block) | _neighbours(block, None)
     for path, parameter in block.named_parameters(recurse=False):
         if _GATE_NAME.fullmatch(path.lower()) and parameter.ndim == 2 and set(parameter.shape) & counts:
             count = max(set(parameter.shape) & counts)
-            gates += _read_as(name, block, block, path, parameter, count)
+            gates += _read_as(name, block, None, path, parameter, count)
     return gates
 
 
@@ -233,13 +231,13 @@ def _read_as(name: str, router: nn.Module, block: nn.Module | None, path: str, m
     """The gates whose matrix this is, with their orientation and their reading settled."""
     rows = matrix.shape[-2] if matrix.ndim > 1 else count
     owner = router.get_submodule(path.rpartition(".")[0])
-    by_rows = isinstance(owner, nn.Linear) or (rows == count and not re.match(r"w_|sim_", path.rpartition(".")[2]))
+    by_rows = isinstance(owner, nn.Linear) or (rows == count and not multiplied_from_left(owner, path.rpartition(".")[2]))
     transposed = not by_rows and matrix.ndim > 1 and (matrix.shape[-1] == count)
     indices: Iterable[int | None] = range(len(matrix)) if matrix.ndim == 3 else [None]
     gates = []
     for index in indices:
         gate = Gate(name, router, count, path, transposed=transposed, index=index, reads="input")
-        gates.append(observe(gate, block) if block is not router else observe(gate, None))
+        gates.append(observe(gate, block))
         gate.name += "" if index is None else f"[{index}]"
     return gates
 
@@ -261,8 +259,8 @@ def _counts(module: nn.Module) -> set[int]:
         for key, value in source.items():
             if type(value) is int and value > 1 and "expert" in key.lower() and not _NOT_A_COUNT.search(key.lower()):
                 counts.add(value)
-        if "num_keys" in source:  # product keys: an expert is a pair of keys
-            counts.add(2 * source["num_keys"])
+    if type(vars(module).get("num_keys")) is int:  # product keys: an expert is a pair of keys
+        counts.add(2 * vars(module)["num_keys"])
     return counts
 
 
@@ -283,6 +281,10 @@ def _neighbours(block: nn.Module, router: nn.Module | None) -> set[int]:
                     counts.add(_alike(module))
                 counts |= {len(p) for p in module.parameters(recurse=False) if p.ndim == 3}
     return {count for count in counts if count > 1}
+
+
+def _beside_experts(block: nn.Module) -> bool:
+    return any("expert" in name.lower() or "expert" in type(child).__name__.lower() for name, child in block.named_children())
 
 
 def _alike(container: nn.ModuleList | nn.ModuleDict) -> int:

@@ -21,7 +21,7 @@ class _PassOn(torch.autograd.Function):
         return tuple(tensor.view_as(tensor) for tensor in tensors[len(stand_ins) :])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None, *(stand_in.grad for stand_in in ctx.stand_ins), *grads)
 
 
@@ -78,16 +78,16 @@ def share_of_step(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | fl
     """
     total, labels = arguments.get("num_items_in_batch"), arguments.get("labels")
     shifted = arguments.get("shift_labels")
-    if total is None or (labels is None and shifted is None):
-        return 1.0
-    if shifted is not None:
+    if isinstance(shifted, Tensor):
         labels = shifted
-    elif _shifts_labels(model):
+    elif isinstance(labels, Tensor) and _shifts_labels(model):
         labels = labels[..., 1:]
-    return (labels != -100).sum() / total
+    if total is None or not isinstance(labels, Tensor):
+        return 1.0
+    return labels.ne(-100).sum() / total
 
 
-def _shifts_labels(model: nn.Module) -> bool:
+def _shifts_labels(model: Any) -> bool:
     """Whether the model predicts the next token: then the first label of a row is no target."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     kind = getattr(base, "loss_type", None) or type(base).__name__

@@ -4,81 +4,30 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .gates import Gate
+from ._gate import Gate, Reads
+from ._scoring import RAW_SCORES, SCORES, named_scoring, source_of
 
 _TOKENS = 16
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _normalised(score: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def probs(logits: Tensor) -> Tensor:
-        scores = score(logits)
-        return scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+def observe(gate: Gate, block: nn.Module | None, settled: dict[Any, _Reading]) -> Gate:
+    """Settle what is hooked, what is read there, and the scoring of a gate whose matrix is known.
 
-    return probs
-
-
-_RAW: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda logits: logits.softmax(-1),
-    "sigmoid": torch.sigmoid,
-    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
-}
-
-
-def _product_keys(logits: Tensor) -> Tensor:
-    """Doge cuts its logits in two along the flattened batch, as is done here, and scores row keys and column keys apart."""
-    rows, columns = logits.reshape(2, -1, logits.shape[-1] // 2).softmax(-1)
-    return torch.cat([rows, columns], -1) / 2
-
-
-# logits (*, K) -> probs (*, K), by the name of the scoring
-SCORES = {name: score if name == "softmax" else _normalised(score) for name, score in _RAW.items()}
-SCORES["product_keys"] = _product_keys
-
-
-def first_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The first floating-point tensor of a call."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-    raise TypeError("a gate's input must hold a floating-point tensor of tokens; pass Gate objects with a `probs` function")
-
-
-def pick(output: Any, position: int | str | None) -> Tensor:
-    if position is None:
-        return output
-    if isinstance(position, str) and not isinstance(output, Mapping):
-        return getattr(output, position)
-    return output[position]
-
-
-def with_adapters(weight: Tensor, adapter: nn.Module) -> Tensor:
-    """W + BA of each active adapter of a PEFT layer."""
-    if adapter.merged or adapter.disable_adapters:
-        return weight
-    for name in adapter.active_adapters:
-        if name in adapter.lora_A:
-            weight = weight + adapter.get_delta_weight(name)
-    return weight
-
-
-def observe(gate: Gate, block: nn.Module | None) -> Gate:
-    """Settle what is hooked, what is read there, and the scoring of a gate whose matrix is known."""
+    `settled` holds what was seen of gates alike, so that a model of 60 layers costs one trial.
+    """
     scorer_path = gate.parameter.rpartition(".")[0]
     scorer = gate.module.get_submodule(scorer_path)
-    # a plain linear layer hands out its logits, if it is called; PEFT's layer around one does too
+    # a plain linear layer hands out its logits, if it is called
     plain = type(scorer).forward is nn.Linear.forward
-    gate.scoring = _named_scoring([gate.module, scorer, block]) or "softmax"
+    gate.scoring = named_scoring([gate.module, scorer, block])
     if gate.num_experts == 2 * getattr(block, "num_keys", -1):
         gate.scoring = "product_keys"
     if not scorer_path and plain:
@@ -86,16 +35,39 @@ def observe(gate: Gate, block: nn.Module | None) -> Gate:
         return gate
     if block is None:
         return gate  # the parameter of a block: its output is tokens
-    trial = _try(gate, scorer_path if plain else None)
-    if trial is None:
-        called = plain and f"{scorer_path}.weight" not in _source(gate.module)
-    else:
-        called = trial.called
-        _judge(gate, trial)
+    key = _likeness(gate)
+    if key not in settled:
+        trial = _try(gate, scorer_path if plain else None)
+        if trial is None:
+            called = plain and f"{scorer_path}.weight" not in source_of(gate.module)
+        else:
+            called = trial.called
+            _judge(gate, trial)
+        settled[key] = _Reading(gate.num_experts, gate.scoring, gate.reads, gate.position, called)
+    gate.num_experts, gate.scoring, gate.reads, gate.position, called = settled[key]
     if called and gate.reads == "input":
         gate.name, gate.module = f"{gate.name}.{scorer_path}".lstrip("."), scorer
         gate.parameter, gate.reads, gate.position = gate.parameter.rpartition(".")[2], "logits", None
     return gate
+
+
+class _Reading(NamedTuple):
+    num_experts: int
+    scoring: str
+    reads: Reads
+    position: int | str | None
+    called: bool  # the layer that holds the matrix is run as a module
+
+
+def _likeness(gate: Gate) -> tuple[Any, ...]:
+    """Equal for gates that differ in the values of their tensors only."""
+    plain = (int, float, str, bool, type(None))
+    parts = [
+        (path, type(module), *((k, v) for k, v in vars(module).items() if isinstance(v, plain) and "layer" not in k))
+        for path, module in gate.module.named_modules()
+    ]
+    shapes = [(name, tensor.shape) for name, tensor in (*gate.module.named_parameters(), *gate.module.named_buffers())]
+    return gate.parameter, gate.index is None, gate.num_experts, gate.transposed, gate.scoring, *parts, *shapes
 
 
 class _Trial:
@@ -185,7 +157,7 @@ def _judge(gate: Gate, trial: _Trial) -> None:
                 gate.reads, gate.position = "logits", position
             return _judge_scoring(gate, trial, base)
     dense = list(trial.dense(width))
-    for name, score in _RAW.items():
+    for name, score in RAW_SCORES.items():
         if base is not None and any(_close(t, score(base)) or _close(t, SCORES[name](base)) for _, t in dense):
             gate.scoring = name
             return None
@@ -206,7 +178,9 @@ def _judge_scoring(gate: Gate, trial: _Trial, logits: Tensor | None) -> None:
     if logits is None:
         return
     rows = [tensor.reshape(_TOKENS, -1) for _, tensor in trial.outputs if tensor.numel() % _TOKENS == 0]
-    chosen = [t for t in rows if not t.is_floating_point() and t.dtype != torch.bool and 0 <= t.min() <= t.max() < logits.shape[1]]
+    chosen = [
+        t for t in rows if not t.is_floating_point() and t.dtype != torch.bool and 0 <= t.min() <= t.max() < logits.shape[1]
+    ]
     for weights in rows:
         if not weights.is_floating_point():
             continue
@@ -215,7 +189,7 @@ def _judge_scoring(gate: Gate, trial: _Trial, logits: Tensor | None) -> None:
             weights, indices = weights.topk(int((weights != 0).sum(-1).min().clamp_min(1)))
             places = [indices]
         for place in places:
-            fits = [name for name, score in _RAW.items() if _proportional(weights, score(logits).gather(1, place))]
+            fits = [name for name, score in RAW_SCORES.items() if _proportional(weights, score(logits).gather(1, place))]
             if len(fits) == 1:
                 gate.scoring = fits[0]
                 return
@@ -234,42 +208,3 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def _stochastic(tensor: Tensor) -> bool:
     return bool((tensor >= 0).all()) and torch.allclose(tensor.float().sum(-1), torch.ones(len(tensor)), atol=1e-3)
-
-
-def _named_scoring(modules: list[nn.Module | None]) -> str | None:
-    """Scoring as attributes name it, as in `score_func="sigmoid"`, else as the source of the nearest class applies it."""
-    present = [module for module in modules if module is not None]
-    for module in present:
-        for source in (module, vars(module).get("config"), vars(module).get("args")):
-            for key, value in {**getattr(source, "__dict__", {}), **getattr(source, "_modules", {})}.items():
-                if re.search(r"scor|gating_f|gate_f|router_act", key) and (isinstance(value, (str, nn.Module)) or callable(value)):
-                    said = value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)
-                    for name in ("sqrtsoftplus", "sigmoid", "softmax"):
-                        if name in said.lower().replace("_", ""):
-                            return name
-    for module in present:
-        said = _source(module)
-        named = [name for name in ("sigmoid", "softmax") if re.search(rf"{name}\w*\(", said)]
-        if len(named) == 1:
-            return named[0]
-    return None
-
-
-def multiplied_from_left(owner: nn.Module, name: str) -> bool:
-    """Whether a square matrix is (dim, experts), as in x @ W; by the source, else by the name."""
-    if found := re.search(rf"@ *self\.{name}\b(\.m?T\b|\.t\()?|linear\([^()]*self\.{name}\b", _source(owner)):
-        return found[0].startswith("@") and not found[1]
-    return name.startswith(("w_", "sim_"))
-
-
-def _source(module: nn.Module) -> str:
-    """The source of the module's class and of those it is made from, up to torch's own."""
-    text = ""
-    for kind in type(module).__mro__:
-        if kind.__module__.startswith("torch.nn."):
-            break
-        try:
-            text += inspect.getsource(kind)
-        except (OSError, TypeError):  # defined where there is no file
-            continue
-    return text

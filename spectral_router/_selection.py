@@ -84,7 +84,7 @@ def _meets(rule: Selector, name: str, module: nn.Module) -> bool:
         return rule.fullmatch(name) is not None
     if isinstance(rule, type):
         return isinstance(module, rule)
-    return callable(rule) and bool(rule(name, module))  # type: ignore[arg-type]
+    return callable(rule) and bool(rule(name, module))
 
 
 def _fullmatch(pattern: str, name: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import functional
@@ -21,6 +23,15 @@ class LoadBalanceLoss(nn.Module):
 
     Args:
         unbiased: divide the variance by K - 1 instead of K.
+        sync: P is the mean over the tokens of all ranks of the default process group, so the value is the same on each,
+            that of the whole global batch. Without a process group it changes nothing.
+
+    NOTE[SYNC]: CV² is not linear in P: without `sync`, each rank balances its own share of the batch, which asks for more than
+    a balanced batch. With it, one all-reduce of K numbers runs in forward and none in backward. Each rank's gradient is that of
+    its own tokens, times the number of ranks, so that the mean which DDP, FSDP and ZeRO take over ranks is the gradient of
+    the global batch; where gradients are summed over ranks, divide the loss by their number. Ranks that repeat
+    tokens, as in tensor parallelism, change nothing. All ranks must call it equally often, and a rank without tokens
+    calls it too: a gate that runs on some ranks only would hang the rest.
 
     Raises:
         ValueError, TypeError: as `functional.load_balance_loss`.
@@ -33,12 +44,27 @@ class LoadBalanceLoss(nn.Module):
     tensor(0.2500)
     """
 
-    def __init__(self, *, unbiased: bool = False) -> None:
+    def __init__(self, *, unbiased: bool = False, sync: bool = False) -> None:
         super().__init__()
         self.unbiased = unbiased
+        self.sync = sync
 
     def forward(self, probs: Tensor, mask: Tensor | None = None) -> Tensor:
-        return functional.load_balance_loss(probs, mask, unbiased=self.unbiased)
+        loss = functional.load_balance_loss(probs, mask, unbiased=self.unbiased)  # also checks the arguments
+        if not (self.sync and dist.is_available() and dist.is_initialized()):
+            return loss
+        if mask is not None:
+            probs = torch.where(mask.bool()[..., None], probs, 0)
+        # the loss depends on shares only: the sum over all tokens stands for them
+        total = _sum_over_ranks(probs.reshape(-1, probs.shape[-1]).sum(0, dtype=loss.dtype))
+        return functional.load_balance_loss(total, unbiased=self.unbiased)
 
     def extra_repr(self) -> str:
-        return f"unbiased={self.unbiased}"
+        return f"unbiased={self.unbiased}" + (", sync=True" if self.sync else "")
+
+
+def _sum_over_ranks(local: Tensor) -> Tensor:
+    """The sum, with the gradient of `local` times the number of ranks."""
+    total = local.detach().clone()
+    dist.all_reduce(total)
+    return total + dist.get_world_size() * (local - local.detach())

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ._recorder import AfterModel, AtGate, BeforeModel, Hook, Recorder
+from ._hooks import AfterModel, AtGate, BeforeModel, Hook
+from ._recorder import Recorder, Step, full_weight
 from ._selection import Selector, select_gates
 from .functional import load_balance_loss, spectral_norm, stable_rank
-from .gates import Gate
 from .losses import LoadBalanceLoss
 from .penalties import SpectralRankPenalty
 
@@ -38,8 +38,7 @@ class MoEHandle(Recorder):
     @classmethod
     def of(cls, model: nn.Module) -> MoEHandle | None:
         """The handle of a wrapped model, or None: for a model that was copied or loaded while wrapped."""
-        handles = {id(hook.handle): hook.handle for _, _, hook in _hooks_below(model)}
-        return next(iter(handles.values()), None)
+        return next((hook.handle for _, _, hook in _hooks_below(model) if isinstance(hook.handle, cls)), None)
 
     def loss(self) -> Tensor:
         """The term of the last training forward: `penalty_coef` x penalty + `balance_coef` x the sum of the balance losses.
@@ -49,10 +48,15 @@ class MoEHandle(Recorder):
         Raises:
             RuntimeError: the term is in the model's loss already, was taken already, or there was no training forward.
         """
-        if self._term is None:
-            raise RuntimeError(self._why_no_term())
-        term, self._term = self._term, None
-        self._state = "taken by handle.loss()"
+        term, fate = self.step.term, self.step.fate
+        if term is None:
+            why = (
+                f"the term of the last training forward {fate}"
+                if fate
+                else "no forward in training, with gradients, came before"
+            )
+            raise RuntimeError(f"handle.loss() has no term to give: {why}")
+        self.step.term, self.step.fate = None, "was taken by handle.loss() already; call it once a forward"
         return term
 
     def metrics(self) -> dict[str, dict[str, float]]:
@@ -64,13 +68,13 @@ class MoEHandle(Recorder):
         included. What needs a training forward is NaN before the first one. This reads numbers back from the device, so
         call it at logging steps; under FSDP2 and ZeRO-3 call it on every rank.
         """
-        weights = [self.full_weight(gate).detach() for gate in self.gates]
+        weights = [full_weight(gate).detach() for gate in self.gates]
         penalties = self._penalty_of_each(weights)
         report = {}
         for index, (gate, weight) in enumerate(zip(self.gates, weights, strict=True)):
             row = {"sigma_max": spectral_norm(weight).item(), "stable_rank": stable_rank(weight).item()}
             row["penalty"] = penalties[index]
-            share = self._shares.get(index)
+            share = self.shares.get(index)
             if share is None:
                 row |= dict.fromkeys(("balance", "entropy", "max_share", "dead"), math.nan)
             else:
@@ -102,9 +106,13 @@ class MoEHandle(Recorder):
             if hook.handle is self:
                 for key in [key for key, value in registry.items() if value is hook]:
                     del registry[key]
-                    for flags in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
+                    for flags in (
+                        "_forward_hooks_with_kwargs",
+                        "_forward_hooks_always_called",
+                        "_forward_pre_hooks_with_kwargs",
+                    ):
                         getattr(module, flags).pop(key, None)
-        self.forget()
+        self.step = Step()
         self.attached = False
 
     def __enter__(self) -> MoEHandle:
@@ -137,9 +145,7 @@ class MoEHandle(Recorder):
 
     def __repr__(self) -> str:
         head = ("gate", "class", "experts x dim", "scoring", "read from")
-        rows = [head] + [
-            (g.name, type(g.module).__name__, f"{g.num_experts} x {g.dim}", g.scoring, g.how) for g in self.gates
-        ]
+        rows = [head] + [(g.name, type(g.module).__name__, f"{g.num_experts} x {g.dim}", g.scoring, g.how) for g in self.gates]
         widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         parts = [f"{c} x {p!r}" for p, c in ((self.penalty, self.penalty_coef), (self.balance, self.balance_coef)) if p]
@@ -230,7 +236,9 @@ def wrap_moe(
         raise ValueError(f"{type(root).__name__} is wrapped already; call MoEHandle.of(model).remove() first")
     chosen = select_gates(root, gates, exclude)
     handle = MoEHandle(root, chosen, penalty, balance, penalty_coef, balance_coef, add_to_loss)
-    handle.warn_at_wrapping()
+    if compiled is not None:
+        handle.advice.compiled([type(root).__name__])
+    handle.advice.at_wrapping(root, balance is not None)
     root.register_forward_pre_hook(BeforeModel(handle), with_kwargs=True)
     root.register_forward_hook(AfterModel(handle), with_kwargs=True, always_call=True)
     for index, gate in enumerate(chosen):
@@ -240,13 +248,10 @@ def wrap_moe(
 
 
 def _hooks_below(model: nn.Module) -> list[tuple[nn.Module, dict[int, Any], Hook]]:
-    return [
-        (module, registry, hook)
-        for module in model.modules()
-        for registry in (module._forward_hooks, module._forward_pre_hooks)
-        for hook in registry.values()
-        if isinstance(hook, Hook)
+    registries: list[tuple[nn.Module, dict[int, Any]]] = [
+        (module, registry) for module in model.modules() for registry in (module._forward_hooks, module._forward_pre_hooks)
     ]
+    return [(module, registry, hook) for module, registry in registries for hook in registry.values() if isinstance(hook, Hook)]
 
 
 def _tensors(part: object) -> dict[str, Tensor]:

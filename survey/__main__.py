@@ -1,8 +1,8 @@
 """Does `wrap_moe` find every gate of every model here, read it right and leave the model alone? A table of the answers.
 
-    python -m survey                     # all models, about two minutes
-    python -m survey mixtral deepspeed   # some
-    python -m survey --markdown docs/gates_found.md
+python -m survey                     # all models, about two minutes
+python -m survey mixtral deepspeed   # some
+python -m survey --markdown docs/gates_found.md
 """
 
 from __future__ import annotations
@@ -177,7 +177,12 @@ def main() -> int:
         if not arguments.models or case.name in arguments.models:
             findings.append(examine(group, case))
             if sys.stderr.isatty():
-                print(f"\r{len(findings)} models, {sum(not f.good for f in findings)} with a fault", end="", file=sys.stderr, flush=True)
+                print(
+                    f"\r{len(findings)} models, {sum(not f.good for f in findings)} with a fault",
+                    end="",
+                    file=sys.stderr,
+                    flush=True,
+                )
     text = table(findings)
     print(text)
     if arguments.markdown:

@@ -1,0 +1,86 @@
+"""What the user of a wrapped model is told, each thing once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+from torch import nn
+
+# So many forwards in a row whose loss saw no backward are taken as a sign that nobody uses that loss.
+UNUSED = 8
+
+
+class Advice:
+    """Warnings about one wrapped model."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def once(self, kind: str) -> bool:
+        """Whether this is the first time."""
+        first = kind not in self._said
+        self._said.add(kind)
+        return first
+
+    def say(self, kind: str, message: str) -> None:
+        if self.once(kind):
+            warnings.warn(message, stacklevel=2)
+
+    def at_wrapping(self, model: nn.Module, balanced: bool) -> None:
+        config = getattr(model, "config", None)
+        coefs = {
+            key: value for key, value in getattr(config, "__dict__", {}).items() if key.endswith("aux_loss_coef") and value
+        }
+        if balanced and coefs and getattr(config, "output_router_logits", False):
+            settings = ", ".join(f"{key}={value}" for key, value in coefs.items())
+            self.say(
+                "native",
+                f"the model's own balance loss is on too (config.output_router_logits=True, {settings}); set "
+                "config.output_router_logits=False, or wrap with balance=None",
+            )
+        compiled = [
+            name or type(model).__name__
+            for name, module in model.named_modules()
+            if module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+        ]
+        if compiled:
+            self.compiled(compiled)
+
+    def compiled(self, names: Iterable[str]) -> None:
+        self.say(
+            "compiled",
+            f"compiled before wrap_moe: {', '.join(names)}; what has run compiled already does not see the hooks: wrap "
+            "first, or call torch._dynamo.reset()",
+        )
+
+    def before_forward(self, term_left: bool, without_backward: int) -> None:
+        if term_left:
+            self.say(
+                "unused",
+                "the term of the last forward was not used: the model's output carries no loss that it could be added to, so "
+                "add handle.loss() to yours after each forward",
+            )
+        if without_backward == UNUSED:
+            self.say(
+                "no backward",
+                f"no backward has reached the loss that the model returned, with the term in it, for {UNUSED} forwards; if "
+                "your loop computes its own loss, wrap with add_to_loss=False and add handle.loss()",
+            )
+
+    def after_first_forward(self, frozen: list[str], idle: list[str]) -> None:
+        if frozen:
+            self.say("frozen", f"frozen gates are left alone, as nothing of them can learn: {', '.join(frozen)}")
+        if idle:
+            self.say(
+                "idle",
+                f"these gates did not run in the first training forward, or something bypasses them: {', '.join(idle)}; their "
+                "weights are penalised, their balance is not",
+            )
+
+    def outside(self, gate: str, model: str) -> None:
+        self.say(
+            "outside",
+            f"gate {gate!r} ran in training, but outside a call of the wrapped {model}, so nothing is recorded; wrap the "
+            "module that your loop calls (a PEFT model, say, instead of its base)",
+        )

@@ -1,0 +1,65 @@
+"""What in a model tells the number of its experts, and which matrices may score them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+# inside a router: not what scores the experts
+_NOT_SCORING = re.compile(r"noise|bias|norm|scale|statics|lora_|temperature|_inv_")
+_NOT_A_COUNT = re.compile(r"_per|top|shared|capacity|size|dim|hidden|group|parallel|rank|idx|index|_id|layer|step|freq|dense")
+
+
+def matrices(router: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What may score the experts, at most three levels deep, in the order of registration."""
+    for path, parameter in router.named_parameters():
+        if path.count(".") > 3 or _NOT_SCORING.search(path.replace("norm_topk", "")) or not parameter.is_floating_point():
+            continue
+        if parameter.ndim in (2, 3) or (parameter.ndim == 1 and path == "weight"):
+            yield path, parameter
+
+
+def counts_in(module: nn.Module) -> set[int]:
+    """Numbers of experts that the module's attributes, or its config's, state."""
+    counts = set()
+    sources = [
+        vars(module),
+        *(vars(vars(module)[key]) for key in ("config", "args") if hasattr(vars(module).get(key), "__dict__")),
+    ]
+    for source in sources:
+        for key, value in source.items():
+            if type(value) is int and value > 1 and "expert" in key.lower() and not _NOT_A_COUNT.search(key.lower()):
+                counts.add(value)
+    if type(vars(module).get("num_keys")) is int:  # product keys: an expert is a pair of keys
+        counts.add(2 * vars(module)["num_keys"])
+    return counts
+
+
+def counts_beside(block: nn.Module, router: nn.Module | None) -> set[int]:
+    """Numbers of experts that stand in the block: a list of equal modules, or parameters stacked over experts."""
+    counts: set[int] = set()
+    for name, child in block.named_children():
+        if child is router:
+            continue
+        if "expert" not in name.lower() and "expert" not in type(child).__name__.lower():
+            if isinstance(child, nn.ModuleList) and type(router) is nn.Linear:
+                counts.add(_alike(child))
+            continue
+        counts |= counts_in(child)
+        for path, module in child.named_modules():
+            if path.count(".") < 2:
+                if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+                    counts.add(_alike(module))
+                counts |= {len(p) for p in module.parameters(recurse=False) if p.ndim == 3}
+    return {count for count in counts if count > 1}
+
+
+def beside_experts(block: nn.Module) -> bool:
+    return any("expert" in name.lower() or "expert" in type(child).__name__.lower() for name, child in block.named_children())
+
+
+def _alike(container: nn.ModuleList | nn.ModuleDict) -> int:
+    classes = [type(child) for child in container.children()]
+    return max((classes.count(kind) for kind in set(classes)), default=0)

@@ -7,7 +7,8 @@ import inspect
 import re
 from typing import Any
 
-SECTIONS = ("Args", "Attributes", "Raises", "Returns", "Source")
+SECTIONS = ("Args", "Attributes", "Raises", "Returns", "Source", "Warns")
+METHODS = ("init_from", "reset_parameters", "loss", "metrics", "state_dict", "load_state_dict", "remove", "of")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -20,9 +21,8 @@ def render(path: str) -> str:
     # a NamedTuple's signature says nothing that its docstring does not
     call = name if isinstance(target, type) and issubclass(target, tuple) else name + _signature(target)
     text = f"```python\n{call}\n```\n\n{docstring_to_markdown(inspect.getdoc(target) or '')}"
-    for method in ("init_from", "reset_parameters"):
-        if method in vars(target):
-            body = getattr(target, method)
+    for method in METHODS:
+        if method in vars(target) and (body := getattr(target, method)).__doc__:
             text += f"\n\n```python\n{name}.{method}{_signature(body)}\n```\n\n"
             text += docstring_to_markdown(inspect.getdoc(body) or "")
     return text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,12 +61,13 @@ def with_loss(output: Any, loss: Tensor) -> Any:
     return output
 
 
-def call_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def argument_names(model: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(model.forward).parameters)
+
+
+def by_name(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a call by name."""
-    if not args:
-        return kwargs
-    names = [name for name in inspect.signature(model.forward).parameters if name not in kwargs]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
 
 
 def share_of_step(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | float:

@@ -15,7 +15,7 @@ _NOT_A_COUNT = re.compile(r"_per|top|shared|capacity|size|dim|hidden|group|paral
 def matrices(router: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """What may score the experts, at most three levels deep, in the order of registration."""
     for path, parameter in router.named_parameters():
-        if path.count(".") > 3 or _NOT_SCORING.search(path.replace("norm_topk", "")) or not parameter.is_floating_point():
+        if path.count(".") > 3 or _NOT_SCORING.search(path) or not parameter.is_floating_point():
             continue
         if parameter.ndim in (2, 3) or (parameter.ndim == 1 and path == "weight"):
             yield path, parameter

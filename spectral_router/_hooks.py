@@ -26,7 +26,7 @@ class Hook:
 
 class BeforeModel(Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.handle.begin(module, args, kwargs)
+        self.handle.begin(args, kwargs)
 
 
 class AfterModel(Hook):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._advice import Advice
-from ._delivery import call_arguments, loss_of, pass_on, share_of_step, token_mask, with_loss
+from ._delivery import argument_names, by_name, loss_of, pass_on, share_of_step, token_mask, with_loss
 from ._gate import Gate
 
 # Stand-ins of forwards whose backward never came are let go after so many further ones of the same gate.
@@ -70,21 +70,22 @@ class Recorder:
         self.step = Step()
         self.shares: dict[int, Tensor] = {}  # of the last training forward, by gate: mean probability of each expert
         self._ties = _tied(gates)
+        self._names = argument_names(model)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "step": Step()}
 
     # one forward ------------------------------------------------------------------------------------------------------
 
-    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step = self.step
-        step.open = self.attached and model.training and torch.is_grad_enabled()
+        step.open = self.attached and self.model.training and torch.is_grad_enabled()
         if not step.open:
             return
         if not torch.compiler.is_compiling():
             self.advice.before_forward(step.term is not None, step.without_backward)
         step.calls, step.term = [], None
-        step.arguments = call_arguments(model, args, kwargs)
+        step.arguments = by_name(self._names, args, kwargs)
 
     def at_gate(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         with_graph = torch.is_grad_enabled()

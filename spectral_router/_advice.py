@@ -70,7 +70,11 @@ class Advice:
 
     def after_first_forward(self, frozen: list[str], idle: list[str]) -> None:
         if frozen:
-            self.say("frozen", f"frozen gates are left alone, as nothing of them can learn: {', '.join(frozen)}")
+            self.say(
+                "frozen",
+                f"frozen gates are left alone, as nothing of them can learn: {', '.join(frozen)}; where PEFT adapts them, wrap "
+                "the PEFT model, not its base",
+            )
         if idle:
             self.say(
                 "idle",

@@ -98,8 +98,9 @@ class Recorder:
             weight = gate.weight
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 weight = _whole(weight).clone()  # sharding engines free it after the module's forward
-        if not (weight.requires_grad or hasattr(gate.owner, "parametrizations")):
-            return None  # frozen
+        # an adapter that is switched off leaves W frozen; one that was put on after wrapping is not known here
+        if not (_trainable(gate) and (weight.requires_grad or hasattr(gate.owner, "parametrizations"))):
+            return None
         probs = gate.read(args, kwargs, output)
         if not self.step.open:
             return self._again(index, probs, weight, output)
@@ -223,7 +224,11 @@ def full_weight(gate: Gate) -> Tensor:
 
 
 def _trainable(gate: Gate) -> bool:
-    parameters = gate.owner.parameters(recurse=False) if gate.adapter is None else gate.adapter.parameters()
+    if gate.adapter is not None:
+        return any(parameter.requires_grad for parameter in gate.adapter.parameters())
+    parametrized = getattr(gate.owner, "parametrizations", {})
+    name = gate.parameter.rpartition(".")[2]
+    parameters = parametrized[name].parameters() if name in parametrized else gate.owner.parameters(recurse=False)
     return any(parameter.requires_grad for parameter in parameters)
 
 

@@ -65,7 +65,7 @@ class MoEHandle(Recorder):
         sigma_max and stable_rank of the weight; penalty: this gate's part; balance: CV², squared coefficient of variation of
         the experts' mean probability; entropy: of that mean, over log K, in [0, 1]; max_share: its largest
         entry; dead: the number of experts below 1 % of an even share; loss: this gate's part of the term, coefficients
-        included. What needs a training forward is NaN before the first one. This reads numbers back from the device, so
+        included. What needs a training forward is NaN before the first one, and for a gate that did not run. This reads numbers back from the device, so
         call it at logging steps; under FSDP2 and ZeRO-3 call it on every rank.
         """
         weights = [full_weight(gate).detach() for gate in self.gates]
@@ -84,21 +84,24 @@ class MoEHandle(Recorder):
                 row["entropy"], row["max_share"] = entropy.item(), share.max().item()
                 row["dead"] = float((share < _DEAD / len(share)).sum())
             parts = ((self.penalty, self.penalty_coef, "penalty"), (self.balance, self.balance_coef, "balance"))
-            row["loss"] = sum(coef * row[name] for part, coef, name in parts if part is not None)
+            # a gate that did not run has no balance loss; before the first forward nothing is known
+            known = [
+                (coef, row[name]) for part, coef, name in parts if part is not None and (share is not None or name == "penalty")
+            ]
+            row["loss"] = sum(coef * value for coef, value in known) if self.shares else math.nan
             report[gate.name] = row
         return report
 
     def _penalty_of_each(self, weights: list[Tensor]) -> list[float]:
-        if self.penalty is None:
+        if self.penalty is None or not self.penalised():
             return [0.0] * len(weights)
         each = getattr(self.penalty, "each", None)
         if each is None:  # anyone's callable: one gate at a time
             return [float(self.penalty([weight])) for weight in weights]
         parts: list[float] = each([weights[group[0]] for group in self.penalised()]).tolist()
-        values = dict.fromkeys(range(len(weights)), 0.0)
-        for group, part in zip(self.penalised(), parts, strict=True):
-            values |= dict.fromkeys(group, part)
-        return [values[index] for index in range(len(weights))]
+        # of tied gates the first carries the penalty, as in the term
+        values = {group[0]: part for group, part in zip(self.penalised(), parts, strict=True)}
+        return [values.get(index, 0.0) for index in range(len(weights))]
 
     def remove(self) -> None:
         """Take every hook off; the model is then what it was. Safe to call twice."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -28,17 +29,8 @@ class Advice:
             warnings.warn(message, stacklevel=2)
 
     def at_wrapping(self, model: nn.Module, balanced: bool) -> None:
-        config = getattr(model, "config", None)
-        coefs = {
-            key: value for key, value in getattr(config, "__dict__", {}).items() if key.endswith("aux_loss_coef") and value
-        }
-        if balanced and coefs and getattr(config, "output_router_logits", False):
-            settings = ", ".join(f"{key}={value}" for key, value in coefs.items())
-            self.say(
-                "native",
-                f"the model's own balance loss is on too (config.output_router_logits=True, {settings}); set "
-                "config.output_router_logits=False, or wrap with balance=None",
-            )
+        if balanced and any(getattr(config, "output_router_logits", False) for config in _configs(model)):
+            self.own_loss(model)
         compiled = [
             name or type(model).__name__
             for name, module in model.named_modules()
@@ -53,6 +45,16 @@ class Advice:
             f"compiled before wrap_moe: {', '.join(names)}; what has run compiled already does not see the hooks: wrap "
             "first, or call torch._dynamo.reset()",
         )
+
+    def own_loss(self, model: nn.Module) -> None:
+        coefs = {k: v for config in _configs(model) for k, v in vars(config).items() if k.endswith("aux_loss_coef") and v}
+        if coefs:
+            settings = ", ".join(f"{key}={value}" for key, value in coefs.items())
+            self.say(
+                "native",
+                f"the model's own balance loss is on too (output_router_logits=True, {settings}); set "
+                "config.output_router_logits=False, or wrap with balance=None",
+            )
 
     def before_forward(self, term_left: bool, without_backward: int) -> None:
         if term_left:
@@ -88,3 +90,10 @@ class Advice:
             f"gate {gate!r} ran in training, but outside a call of the wrapped {model}, so nothing is recorded; wrap the "
             "module that your loop calls (a PEFT model, say, instead of its base)",
         )
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The config of a transformers model and, where there are several modalities, that of its text part."""
+    config = getattr(model, "config", None)
+    configs = [config, getattr(config, "text_config", None)]
+    return [config for config in configs if hasattr(config, "__dict__")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,8 +55,10 @@ def loss_of(output: Any) -> Tensor | None:
 def with_loss(output: Any, loss: Tensor) -> Any:
     if isinstance(output, Mapping):
         output["loss"] = loss  # type: ignore[index]
-    elif hasattr(output, "_replace"):
+    elif hasattr(output, "_replace"):  # a named tuple
         return output._replace(loss=loss)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return dataclasses.replace(output, loss=loss)
     else:
         output.loss = loss
     return output

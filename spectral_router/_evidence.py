@@ -5,20 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 # inside a router: not what scores the experts
 _NOT_SCORING = re.compile(r"noise|bias|norm|scale|statics|lora_|temperature|_inv_")
 _NOT_A_COUNT = re.compile(r"_per|top|shared|capacity|size|dim|hidden|group|parallel|rank|idx|index|_id|layer|step|freq|dense")
 
 
-def matrices(router: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def matrices(router: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What may score the experts, at most three levels deep, in the order of registration."""
     for path, parameter in router.named_parameters():
+        owner, _, parametrized = path.partition("parametrizations.")
+        if parametrized:  # as `torch.nn.utils.parametrizations` leave it: the attribute is computed from it
+            path = owner + parametrized.partition(".")[0]
+        matrix: Tensor = getattr(router.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2])
         if path.count(".") > 3 or _NOT_SCORING.search(path) or not parameter.is_floating_point():
             continue
-        if parameter.ndim in (2, 3) or (parameter.ndim == 1 and path == "weight"):
-            yield path, parameter
+        if matrix.ndim in (2, 3) or (matrix.ndim == 1 and path == "weight"):
+            yield path, matrix
 
 
 def counts_in(module: nn.Module) -> set[int]:

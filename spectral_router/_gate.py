@@ -60,10 +60,9 @@ class Gate:
     @property
     def weight(self) -> Tensor:
         """W, live, `(experts, dim)`: a view of the parameter, or, under LoRA, the effective weight W + BA."""
-        owner = self.owner
-        weight: Tensor = getattr(owner, self.parameter.rpartition(".")[2])
+        weight = self.matrix
         # during a forward a parametrization may have added BA already
-        if self.adapter is not None and not hasattr(owner, "parametrizations"):
+        if self.adapter is not None and not hasattr(self.owner, "parametrizations"):
             weight = with_adapters(weight, self.adapter)
         if self.index is not None:
             weight = weight[self.index]
@@ -75,8 +74,13 @@ class Gate:
     @property
     def owner(self) -> nn.Module:
         """The module whose attribute the matrix is."""
-        path = self.parameter.rpartition(".")[0]
-        return self.module.get_submodule(path)
+        return self.module.get_submodule(self.parameter.rpartition(".")[0])
+
+    @property
+    def matrix(self) -> Tensor:
+        """The parameter itself, however it lies."""
+        matrix: Tensor = getattr(self.owner, self.parameter.rpartition(".")[2])
+        return matrix
 
     @property
     def dim(self) -> int:

@@ -88,7 +88,9 @@ def _try(gate: Gate, scorer_path: str | None) -> _Trial | None:
     # no hook of anyone is copied or fires; parameters that have no values here (meta, sharded) become ones
     memo: dict[int, Any] = {id(getattr(module, hooks)): OrderedDict() for module in router.modules() for hooks in _HOOKS}
     generator = torch.Generator().manual_seed(0)
-    matrix = router.get_parameter(gate.parameter)
+    matrix = gate.matrix
+    if not isinstance(matrix, nn.Parameter):  # computed from others: a copy could not be given values
+        return None
     # what the matrix scores may be a projection of the tokens
     widths = [gate.dim, *(module.in_features for module in router.modules() if isinstance(module, nn.Linear))]
     # of a size that shows soft caps and tells sigmoid from softmax

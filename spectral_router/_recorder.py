@@ -21,7 +21,7 @@ class Call(NamedTuple):
     """One call of a gate in one forward of the model."""
 
     gate: int  # its number
-    probs: Tensor
+    probs: Tensor | None  # None: the gate is frozen
     weight: Tensor
     layout: torch.Size  # of the gate's input
 
@@ -69,7 +69,7 @@ class Recorder:
         self.advice = Advice()
         self.step = Step()
         self.shares: dict[int, Tensor] = {}  # of the last training forward, by gate: mean probability of each expert
-        self._ties = _tied(gates)
+        self.ties = _tied(gates)  # numbers of the gates that share a matrix, for each matrix
         self._names = argument_names(model)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,15 +98,17 @@ class Recorder:
             weight = gate.weight
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 weight = _whole(weight).clone()  # sharding engines free it after the module's forward
+        tokens = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), weight)
         # an adapter that is switched off leaves W frozen; one that was put on after wrapping is not known here
         if not (_trainable(gate) and (weight.requires_grad or hasattr(gate.owner, "parametrizations"))):
+            if self.step.open:
+                self.step.calls.append(Call(index, None, weight, tokens.shape))
             return None
         probs = gate.read(args, kwargs, output)
         if not self.step.open:
             return self._again(index, probs, weight, output)
         if not with_graph:
             probs, weight = self._stand_in(index, probs, weight)
-        tokens = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), probs)
         self.step.calls.append(Call(index, probs, weight, tokens.shape))
         return None
 
@@ -119,7 +121,7 @@ class Recorder:
         if output is None:  # an exception passed by
             return None
         if not torch.compiler.is_compiling():
-            self._look_round(calls)
+            self._look_round(calls, arguments)
         term = self._total(calls, arguments)
         if term is None:
             return None
@@ -137,8 +139,10 @@ class Recorder:
     def _seen_backward(self, _grad: Tensor) -> None:
         self.step.without_backward = 0
 
-    def _look_round(self, calls: list[Call]) -> None:
+    def _look_round(self, calls: list[Call], arguments: dict[str, Any]) -> None:
         if self.advice.once("first forward"):
+            if self.balance is not None and arguments.get("output_router_logits"):
+                self.advice.own_loss(self.model)
             ran = {call.gate for call in calls}
             frozen = [gate.name for gate in self.gates if not _trainable(gate)]
             idle = [gate.name for i, gate in enumerate(self.gates) if i not in ran and gate.name not in frozen]
@@ -159,13 +163,16 @@ class Recorder:
 
     def _again(self, index: int, probs: Tensor, weight: Tensor, output: Any) -> Any:
         waiting = self.step.deferred.get(index)
-        if not waiting:
-            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:  # no backward is running
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:  # no backward is running
+            if not waiting:
                 self.advice.outside(self.gates[index].name, type(self.model).__name__)
             return None
-        # several forwards may wait for their backward: the last one with the same values
-        match = [i for i, (before, *_) in enumerate(waiting) if len(waiting) == 1 or torch.equal(before, probs)]
-        stand_ins = waiting.pop(match[-1] if match else -1)
+        if not waiting:
+            return None
+        # several forwards may wait for their backward: this one's stand-ins have the same values and, by now, gradients
+        here = [i for i, (before, *_) in enumerate(waiting) if len(waiting) == 1 or torch.equal(before, probs)]
+        reached = [i for i in here if waiting[i][0].grad is not None]
+        stand_ins = waiting.pop((reached or here or [-1])[-1])
         return pass_on(stand_ins, [probs, weight][: len(stand_ins)], output, self.gates[index].name)
 
     # the term ---------------------------------------------------------------------------------------------------------
@@ -173,14 +180,15 @@ class Recorder:
     def _total(self, calls: list[Call], arguments: dict[str, Any]) -> Tensor | None:
         if not calls:
             return None
-        device = calls[0].probs.device
+        device = calls[0].weight.device
         parts: list[Tensor] = []
         with torch.autocast(device.type, enabled=False):
-            if self.penalty is not None:
-                weights = self._weights({call.gate: call.weight for call in reversed(calls)})
-                if weights:
-                    parts.append(self.penalty_coef * self.penalty(weights))
+            penalty = self._penalty({call.gate: call.weight for call in reversed(calls)})
+            if penalty is not None:
+                parts.append(self.penalty_coef * penalty)
             for call in calls:
+                if call.probs is None:
+                    continue
                 mask = token_mask(arguments, self.gates[call.gate].name, call.probs, call.layout)
                 self.shares[call.gate] = _share(call.probs.detach(), mask)
                 if self.balance is not None:
@@ -190,25 +198,35 @@ class Recorder:
             total = torch.stack([part.to(device) for part in parts]).sum()
             return total * share_of_step(self.model, arguments)
 
-    def penalised(self) -> list[list[int]]:
-        """Indices of the gates whose weights go to the penalty; tied ones, which share a parameter, together."""
-        return [group for group in self._ties if _trainable(self.gates[group[0]])]
+    def learning(self) -> list[bool]:
+        """For each matrix, tied ones being one, whether it learns."""
+        return [_trainable(self.gates[group[0]]) for group in self.ties]
 
-    def _weights(self, seen: dict[int, Tensor]) -> list[Tensor]:
+    def _penalty(self, seen: dict[int, Tensor]) -> Tensor | None:
+        learning = self.learning()
+        if self.penalty is None or not any(learning):
+            return None
+        each = getattr(self.penalty, "each", None)
         weights = []
-        for group in self.penalised():
+        for group, learns in zip(self.ties, learning, strict=True):
             run = [seen[index] for index in group if index in seen]
-            # a gate that did not run, as the one of the other modality, has a weight all the same
-            weights.append(run[0] if run else full_weight(self.gates[group[0]]))
-        return weights
+            if learns or each is not None:
+                # a gate that did not run, as the one of the other modality, has a weight all the same
+                weights.append(run[0] if run else full_weight(self.gates[group[0]]))
+        if all(learning) or each is None:
+            return self.penalty(weights)
+        # a penalty that remembers its matrices by position gets them all; the frozen ones' parts are left out
+        return torch.stack([part for part, learns in zip(each(weights), learning, strict=True) if learns]).sum()
 
 
 def _tied(gates: list[Gate]) -> list[list[int]]:
     """Groups of gates with one and the same parameter, by index."""
     groups: dict[tuple[int, int | None], list[int]] = {}
     for index, gate in enumerate(gates):
-        parameter = getattr(gate.owner, gate.parameter.rpartition(".")[2])
-        groups.setdefault((id(parameter), gate.index), []).append(index)
+        matrix = gate.matrix
+        # a parametrized one is computed at each access
+        identity = id(matrix) if isinstance(matrix, nn.Parameter) else -1 - index
+        groups.setdefault((identity, gate.index), []).append(index)
     return list(groups.values())
 
 
@@ -226,10 +244,11 @@ def full_weight(gate: Gate) -> Tensor:
 def _trainable(gate: Gate) -> bool:
     if gate.adapter is not None:
         return any(parameter.requires_grad for parameter in gate.adapter.parameters())
-    parametrized = getattr(gate.owner, "parametrizations", {})
     name = gate.parameter.rpartition(".")[2]
-    parameters = parametrized[name].parameters() if name in parametrized else gate.owner.parameters(recurse=False)
-    return any(parameter.requires_grad for parameter in parameters)
+    parametrized = getattr(gate.owner, "parametrizations", {})
+    if name in parametrized:
+        return any(parameter.requires_grad for parameter in parametrized[name].parameters())
+    return gate.matrix.requires_grad
 
 
 def _whole(weight: Tensor) -> Tensor:

@@ -49,10 +49,15 @@ def named_scoring(modules: list[nn.Module | None]) -> str:
                         if name in said.lower().replace("_", ""):
                             return name
     for module in present:
-        source = source_of(module)
-        named = [name for name in ("sigmoid", "softmax") if re.search(rf"{name}\w*\(", source)]
-        if len(named) == 1:
-            return named[0]
+        text = ""
+        for source in sources_of(module):
+            text += source
+            if "super().forward(" not in source and (
+                named := {n for n in ("sigmoid", "softmax") if re.search(rf"{n}\w*\(", text)}
+            ):
+                if len(named) == 1:
+                    return named.pop()
+                break  # both: it may say which in another place
     return "softmax"
 
 
@@ -64,13 +69,17 @@ def multiplied_from_left(owner: nn.Module, name: str) -> bool:
 
 
 def source_of(module: nn.Module) -> str:
-    """The source of the module's class and of those it is made from, up to torch's own."""
-    text = ""
+    return "".join(sources_of(module))
+
+
+def sources_of(module: nn.Module) -> list[str]:
+    """The source of the module's class and of those it is made from, nearest first, up to torch's own."""
+    sources = []
     for kind in type(module).__mro__:
         if kind.__module__.startswith("torch.nn."):
             break
         try:
-            text += inspect.getsource(kind)
+            sources.append(inspect.getsource(kind))
         except (OSError, TypeError):  # defined where there is no file
             continue
-    return text
+    return sources

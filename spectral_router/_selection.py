@@ -10,7 +10,7 @@ from typing import Union
 
 from torch import nn
 
-from .gates import Gate, find_gates, gate_in, looks_like_gate
+from .gates import Gate, find_gates, gate_in, gate_of, looks_like_gate
 
 # a name or its suffix, a regular expression for the full name, a module class, a predicate, a Gate; or several of them
 Selector = Union[str, "re.Pattern[str]", type[nn.Module], Callable[[str, nn.Module], bool], Gate, Iterable["Selector"]]
@@ -46,7 +46,7 @@ def _named(model: nn.Module, gates: Selector, found: list[Gate]) -> list[Gate]:
             names = [name for name, module in modules.items() if name and _meets(rule, name, module)]
             matched = [gate for name in names for gate in _at(model, name, modules, found)]
             if isinstance(rule, (str, re.Pattern)):
-                matched += _parameters(model, rule, modules)
+                matched += _parameters(model, rule, modules, found)
         if not matched:
             near = difflib.get_close_matches(str(rule), {re.sub(r"^.*?\.\d+\.", "", name) for name in modules}, 5, 0.3)
             raise ValueError(f"gates={rule!r} matches no module with a matrix in {type(model).__name__}{_hint(near)}")
@@ -60,12 +60,13 @@ def _at(model: nn.Module, name: str, modules: dict[str, nn.Module], found: list[
     return below or gate_in(name, modules[name], modules.get(name.rpartition(".")[0]))
 
 
-def _parameters(model: nn.Module, rule: str | re.Pattern[str], modules: dict[str, nn.Module]) -> list[Gate]:
-    gates = []
+def _parameters(model: nn.Module, rule: str | re.Pattern[str], modules: dict[str, nn.Module], found: list[Gate]) -> list[Gate]:
+    gates: list[Gate] = []
     for path, parameter in model.named_parameters():
         owner, _, attribute = path.rpartition(".")
         if parameter.ndim == 2 and _meets(rule, path, modules[owner]):
-            gates.append(Gate(owner, modules[owner], len(parameter), attribute, reads="input"))
+            known = [gate for gate in found if gate.matrix is parameter]
+            gates += known or gate_of(owner, modules[owner], attribute)
     return gates
 
 

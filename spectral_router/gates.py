@@ -73,6 +73,18 @@ def gate_in(name: str, module: nn.Module, parent: nn.Module | None) -> list[Gate
     return found
 
 
+def gate_of(name: str, owner: nn.Module, attribute: str) -> list[Gate]:
+    """The gate whose matrix the caller says is this parameter."""
+    matrix: Tensor = getattr(owner, attribute)
+    counts = counts_in(owner) | counts_beside(owner, None)
+    rows, columns = matrix.shape
+    if (rows in counts) == (columns in counts):  # the neighbours do not tell
+        count = columns if multiplied_from_left(owner, attribute) else rows
+    else:
+        count = rows if rows in counts else columns
+    return _Search().read_as(name, owner, None, attribute, matrix, count)
+
+
 def _candidates(name: str, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if not name and _GATE_CLASS.search(type(block).__name__):
         yield name, block

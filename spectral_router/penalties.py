@@ -89,12 +89,13 @@ class SpectralRankPenalty(nn.Module):
         # gates may live on several devices
         return torch.stack([term.to(terms[0].device) for term in terms]).sum() if len(terms) > 1 else terms[0]
 
-    @torch.no_grad()
-    def each(self, weights: Iterable[Tensor]) -> Tensor:
-        """The penalty of each matrix, `(n,)` detached, in the order given: what `forward` sums up."""
+    def each(self, weights: Iterable[Tensor]) -> list[Tensor]:
+        """The penalty of each matrix `(K_i, d_i)`, scalars in the order given: what `forward` sums up."""
         terms, positions = self._terms(list(weights))
-        order = torch.tensor([p for group in positions for p in group]).argsort()
-        return torch.cat([term.cpu() for term in terms])[order]
+        parts = {
+            place: part for term, group in zip(terms, positions, strict=True) for place, part in zip(group, term, strict=True)
+        }
+        return [parts[place] for place in range(len(parts))]
 
     def _terms(self, weights: list[Tensor]) -> tuple[list[Tensor], list[list[int]]]:
         """For each group of matrices of equal shape: their penalties, and their positions."""

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ._hooks import AfterModel, AtGate, BeforeModel, Hook
 from ._recorder import Recorder, Step, full_weight
@@ -35,6 +37,9 @@ class MoEHandle(Recorder):
     `print(handle)` is a table of the gates. As a context manager it removes itself at the end.
     """
 
+    # kept for what they do when a model is loaded in a new process: numbers of hooks there do not collide with these
+    registrations: list[RemovableHandle]
+
     @classmethod
     def of(cls, model: nn.Module) -> MoEHandle | None:
         """The handle of a wrapped model, or None: for a model that was copied or loaded while wrapped."""
@@ -59,14 +64,16 @@ class MoEHandle(Recorder):
         self.step.term, self.step.fate = None, "was taken by handle.loss() already; call it once a forward"
         return term
 
+    @torch.no_grad()
     def metrics(self) -> dict[str, dict[str, float]]:
         """Detached floats for each gate, by its name, of its weight as it is now and of the last training forward.
 
         sigma_max and stable_rank of the weight; penalty: this gate's part; balance: CV², squared coefficient of variation of
         the experts' mean probability; entropy: of that mean, over log K, in [0, 1]; max_share: its largest
         entry; dead: the number of experts below 1 % of an even share; loss: this gate's part of the term, coefficients
-        included. What needs a training forward is NaN before the first one, and for a gate that did not run. This reads numbers back from the device, so
-        call it at logging steps; under FSDP2 and ZeRO-3 call it on every rank.
+        included. What needs a training forward is NaN before the first one, and for a gate that did not run.
+
+        This reads numbers back from the device, so call it at logging steps; under FSDP2 and ZeRO-3 call it on every rank.
         """
         weights = [full_weight(gate).detach() for gate in self.gates]
         penalties = self._penalty_of_each(weights)
@@ -93,18 +100,25 @@ class MoEHandle(Recorder):
         return report
 
     def _penalty_of_each(self, weights: list[Tensor]) -> list[float]:
-        if self.penalty is None or not self.penalised():
-            return [0.0] * len(weights)
+        """Zero for frozen gates; of tied ones the first carries the penalty, as in the term."""
+        values = [0.0] * len(weights)
+        learning = self.learning()
+        if self.penalty is None or not any(learning):
+            return values
+        firsts = [group[0] for group in self.ties]
         each = getattr(self.penalty, "each", None)
         if each is None:  # anyone's callable: one gate at a time
-            return [float(self.penalty([weight])) for weight in weights]
-        parts: list[float] = each([weights[group[0]] for group in self.penalised()]).tolist()
-        # of tied gates the first carries the penalty, as in the term
-        values = {group[0]: part for group, part in zip(self.penalised(), parts, strict=True)}
-        return [values.get(index, 0.0) for index in range(len(weights))]
+            parts = [
+                float(self.penalty([weights[first]])) if learns else 0.0 for first, learns in zip(firsts, learning, strict=True)
+            ]
+        else:
+            parts = [float(part) for part in each([weights[first] for first in firsts])]
+        for first, part, learns in zip(firsts, parts, learning, strict=True):
+            values[first] = float(part) if learns else 0.0
+        return values
 
     def remove(self) -> None:
-        """Take every hook off; the model is then what it was. Safe to call twice."""
+        """Take every hook off; the model is then what it was. Call it after the backward; safe to call twice."""
         for module, registry, hook in list(_hooks_below(self.model)):
             if hook.handle is self:
                 for key in [key for key, value in registry.items() if value is hook]:
@@ -242,11 +256,15 @@ def wrap_moe(
     if compiled is not None:
         handle.advice.compiled([type(root).__name__])
     handle.advice.at_wrapping(root, balance is not None)
-    root.register_forward_pre_hook(BeforeModel(handle), with_kwargs=True)
-    root.register_forward_hook(AfterModel(handle), with_kwargs=True, always_call=True)
-    for index, gate in enumerate(chosen):
+    handle.registrations = [
+        root.register_forward_pre_hook(BeforeModel(handle), with_kwargs=True),
+        root.register_forward_hook(AfterModel(handle), with_kwargs=True, always_call=True),
         # first of the module's hooks: sharding engines free the weight in theirs
-        gate.module.register_forward_hook(AtGate(handle, index), with_kwargs=True, prepend=True)
+        *(
+            gate.module.register_forward_hook(AtGate(handle, index), with_kwargs=True, prepend=True)
+            for index, gate in enumerate(chosen)
+        ),
+    ]
     return handle
 
 

@@ -69,6 +69,7 @@ class Recorder:
         self.advice = Advice()
         self.step = Step()
         self.shares: dict[int, Tensor] = {}  # of the last training forward, by gate: mean probability of each expert
+        self.balances: dict[int, Tensor] = {}  # likewise: the balance loss, without coefficient
         self.ties = _tied(gates)  # numbers of the gates that share a matrix, for each matrix
         self._names = argument_names(model)
 
@@ -186,13 +187,16 @@ class Recorder:
             penalty = self._penalty({call.gate: call.weight for call in reversed(calls)})
             if penalty is not None:
                 parts.append(self.penalty_coef * penalty)
+            self.balances = {}
             for call in calls:
                 if call.probs is None:
                     continue
                 mask = token_mask(arguments, self.gates[call.gate].name, call.probs, call.layout)
                 self.shares[call.gate] = _share(call.probs.detach(), mask)
                 if self.balance is not None:
-                    parts.append(self.balance_coef * self.balance(call.probs, mask))
+                    balance = self.balance(call.probs, mask)
+                    self.balances[call.gate] = self.balances.get(call.gate, 0) + balance.detach()
+                    parts.append(self.balance_coef * balance)
             if not parts:
                 return None
             total = torch.stack([part.to(device) for part in parts]).sum()

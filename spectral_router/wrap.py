@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ._hooks import AfterModel, AtGate, BeforeModel, Hook
-from ._recorder import Recorder, Step, full_weight
+from ._metrics import measure
+from ._recorder import Recorder, Step
 from ._selection import Selector, select_gates
-from .functional import load_balance_loss, spectral_norm, stable_rank
 from .losses import LoadBalanceLoss
 from .penalties import SpectralRankPenalty
 
@@ -21,8 +20,6 @@ __all__ = ["MoEHandle", "wrap_moe"]
 
 Penalty = Callable[[Sequence[Tensor]], Tensor]
 Balance = Callable[[Tensor, "Tensor | None"], Tensor]
-# an expert whose share of the routing probability is below this part of an even share counts as dead
-_DEAD = 0.01
 
 
 class MoEHandle(Recorder):
@@ -64,58 +61,18 @@ class MoEHandle(Recorder):
         self.step.term, self.step.fate = None, "was taken by handle.loss() already; call it once a forward"
         return term
 
-    @torch.no_grad()
     def metrics(self) -> dict[str, dict[str, float]]:
         """Detached floats for each gate, by its name, of its weight as it is now and of the last training forward.
 
         sigma_max and stable_rank of the weight; penalty: this gate's part; balance: CV², squared coefficient of variation of
         the experts' mean probability; entropy: of that mean, over log K, in [0, 1]; max_share: its largest
         entry; dead: the number of experts below 1 % of an even share; loss: this gate's part of the term, coefficients
-        included. What needs a training forward is NaN before the first one, and for a gate that did not run.
+        included, with whatever penalty and balance loss are in use. What needs a training forward is NaN before the first
+        one, and for a gate that did not run.
 
         This reads numbers back from the device, so call it at logging steps; under FSDP2 and ZeRO-3 call it on every rank.
         """
-        weights = [full_weight(gate).detach() for gate in self.gates]
-        penalties = self._penalty_of_each(weights)
-        report = {}
-        for index, (gate, weight) in enumerate(zip(self.gates, weights, strict=True)):
-            row = {"sigma_max": spectral_norm(weight).item(), "stable_rank": stable_rank(weight).item()}
-            row["penalty"] = penalties[index]
-            share = self.shares.get(index)
-            if share is None:
-                row |= dict.fromkeys(("balance", "entropy", "max_share", "dead"), math.nan)
-            else:
-                share = share / share.sum().clamp_min(1e-30)
-                entropy = -(share * share.clamp_min(1e-30).log()).sum() / math.log(max(len(share), 2))
-                row["balance"] = load_balance_loss(share[None]).item()
-                row["entropy"], row["max_share"] = entropy.item(), share.max().item()
-                row["dead"] = float((share < _DEAD / len(share)).sum())
-            parts = ((self.penalty, self.penalty_coef, "penalty"), (self.balance, self.balance_coef, "balance"))
-            # a gate that did not run has no balance loss; before the first forward nothing is known
-            known = [
-                (coef, row[name]) for part, coef, name in parts if part is not None and (share is not None or name == "penalty")
-            ]
-            row["loss"] = sum(coef * value for coef, value in known) if self.shares else math.nan
-            report[gate.name] = row
-        return report
-
-    def _penalty_of_each(self, weights: list[Tensor]) -> list[float]:
-        """Zero for frozen gates; of tied ones the first carries the penalty, as in the term."""
-        values = [0.0] * len(weights)
-        learning = self.learning()
-        if self.penalty is None or not any(learning):
-            return values
-        firsts = [group[0] for group in self.ties]
-        each = getattr(self.penalty, "each", None)
-        if each is None:  # anyone's callable: one gate at a time
-            parts = [
-                float(self.penalty([weights[first]])) if learns else 0.0 for first, learns in zip(firsts, learning, strict=True)
-            ]
-        else:
-            parts = [float(part) for part in each([weights[first] for first in firsts])]
-        for first, part, learns in zip(firsts, parts, learning, strict=True):
-            values[first] = float(part) if learns else 0.0
-        return values
+        return measure(self)
 
     def remove(self) -> None:
         """Take every hook off; the model is then what it was. Call it after the backward; safe to call twice."""

@@ -19,7 +19,8 @@ class _PassOn(torch.autograd.Function):
     def forward(ctx: Any, stand_ins: list[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.stand_ins = stand_ins
         ctx.set_materialize_grads(False)
-        return tuple(tensor.view_as(tensor) for tensor in tensors[len(stand_ins) :])
+        # no views: those of a function may not be changed in place, which a gate's caller is free to do
+        return tuple(tensor.clone() for tensor in tensors[len(stand_ins) :])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 # inside a router: not what scores the experts
@@ -67,3 +69,16 @@ def beside_experts(block: nn.Module) -> bool:
 def _alike(container: nn.ModuleList | nn.ModuleDict) -> int:
     classes = [type(child) for child in container.children()]
     return max((classes.count(kind) for kind in set(classes)), default=0)
+
+
+@contextmanager
+def shaped(model: nn.Module) -> Iterator[None]:
+    """The empty parameters of ZeRO-3 have their shapes for a while, all entries one 1 in memory, so that no rank waits."""
+    empty = {p: p.data for p in model.parameters() if hasattr(p, "ds_shape") and not p.numel()}
+    for parameter in empty:
+        parameter.data = torch.ones((), dtype=parameter.dtype, device=parameter.device).expand(parameter.ds_shape)
+    try:
+        yield
+    finally:
+        for parameter, data in empty.items():
+            parameter.data = data

@@ -85,7 +85,8 @@ class Gate:
     @property
     def dim(self) -> int:
         """D, the length of the vectors that the matrix scores."""
-        return self.weight.shape[-1]
+        shape = getattr(self.matrix, "ds_shape", self.matrix.shape)  # under ZeRO-3 the parameter itself is empty
+        return shape[0] // self.num_experts if len(shape) == 1 else shape[-2 if self.transposed else -1]
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
         """Probabilities `(*, K)` over all experts, in float32 or better, from one call of the module."""

@@ -105,7 +105,7 @@ class Recorder:
             if self.step.open:
                 self.step.calls.append(Call(index, None, weight, tokens.shape))
             return None
-        probs = gate.read(args, kwargs, output)
+        probs = _whole(gate.read(args, kwargs, output))
         if not self.step.open:
             return self._again(index, probs, weight, output)
         if not with_graph:
@@ -153,11 +153,9 @@ class Recorder:
 
     def _stand_in(self, index: int, probs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Reentrant checkpointing, first pass: no graph. Leaves stand in for what the second pass will compute."""
-        probs = probs.detach().requires_grad_()
-        stand_ins = [probs]
-        if not weight.requires_grad:  # an adapter's weight, made of others, here without a graph
-            weight = weight.detach().requires_grad_()
-            stand_ins.append(weight)
+        # for the weight too: DDP takes one gradient a parameter and backward, which is the second pass's
+        probs, weight = probs.detach().requires_grad_(), weight.detach().requires_grad_()
+        stand_ins = [probs, weight]
         waiting = self.step.deferred.get(index, [])
         self.step.deferred[index] = [*waiting[1 - _OUTSTANDING :], stand_ins]
         return probs, weight
@@ -174,7 +172,7 @@ class Recorder:
         here = [i for i, (before, *_) in enumerate(waiting) if len(waiting) == 1 or torch.equal(before, probs)]
         reached = [i for i in here if waiting[i][0].grad is not None]
         stand_ins = waiting.pop((reached or here or [-1])[-1])
-        return pass_on(stand_ins, [probs, weight][: len(stand_ins)], output, self.gates[index].name)
+        return pass_on(stand_ins, [probs, weight], output, self.gates[index].name)
 
     # the term ---------------------------------------------------------------------------------------------------------
 
@@ -236,11 +234,14 @@ def _tied(gates: list[Gate]) -> list[list[int]]:
 
 def full_weight(gate: Gate) -> Tensor:
     """The weight of a gate outside of a forward, whole on this rank; a collective where it is sharded."""
-    parameters = list(gate.owner.parameters(recurse=False))
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+    # inside a forward, asking a module for a parameter makes ZeRO-3 gather it, now and for the backward
+    parameters = [gate.matrix]
+    parameters += [] if gate.adapter is None else gate.adapter.parameters()
+    empty = [parameter for parameter in parameters if hasattr(parameter, "ds_id") and not parameter.numel()]
+    if empty:
         import deepspeed  # type: ignore[import-untyped,unused-ignore]
 
-        with deepspeed.zero.GatheredParameters(parameters):
+        with deepspeed.zero.GatheredParameters(empty):
             return gate.weight.clone()
     return _whole(gate.weight)
 

@@ -10,6 +10,7 @@ from typing import Union
 
 from torch import nn
 
+from ._evidence import shaped
 from .gates import Gate, find_gates, gate_in, gate_of, looks_like_gate
 
 # a name or its suffix, a regular expression for the full name, a module class, a predicate, a Gate; or several of them
@@ -17,8 +18,9 @@ Selector = Union[str, "re.Pattern[str]", type[nn.Module], Callable[[str, nn.Modu
 
 
 def select_gates(model: nn.Module, gates: Selector | None, exclude: Selector | None) -> list[Gate]:
-    found = find_gates(model)
-    chosen = found if gates is None else _named(model, gates, found)
+    with shaped(model):
+        found = find_gates(model)
+        chosen = found if gates is None else _named(model, gates, found)
     if exclude is not None:
         wanted = _flat(exclude)
         kept = [gate for gate in chosen if not any(_meets(rule, gate.name, gate.module) or rule is gate for rule in wanted)]

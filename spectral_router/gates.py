@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._evidence import beside_experts, counts_beside, counts_in, matrices
+from ._evidence import beside_experts, counts_beside, counts_in, matrices, shaped
 from ._gate import Gate
 from ._reading import observe
 from ._scoring import multiplied_from_left
@@ -48,13 +48,14 @@ def find_gates(model: nn.Module) -> list[Gate]:
     search = _Search()
     gates: list[Gate] = []
     inside: list[str] = []  # prefixes of what lies in gates found so far
-    for name, block in model.named_modules():
-        for path, router in _candidates(name, block):
-            if not f"{path}.".startswith(tuple(inside)) and (found := search.gates_in(path, router, block)):
-                gates += found
-                inside.append(f"{path}." if path else "")
-        if not f"{name}.".startswith(tuple(inside)):
-            gates += search.raw_gates(name, block)
+    with shaped(model):
+        for name, block in model.named_modules():
+            for path, router in _candidates(name, block):
+                if not f"{path}.".startswith(tuple(inside)) and (found := search.gates_in(path, router, block)):
+                    gates += found
+                    inside.append(f"{path}." if path else "")
+            if not f"{name}.".startswith(tuple(inside)):
+                gates += search.raw_gates(name, block)
     return gates
 
 

@@ -149,7 +149,7 @@ def wrap_moe(
 
     Args:
         model: any module with router gates. Wrap the outermost module that is called, after PEFT and before `torch.compile`;
-            before or after `fully_shard`, after `deepspeed.initialize`.
+            before or after DDP, `fully_shard` and `deepspeed.initialize`, inside of whose shells the model itself is wrapped.
         penalty: reads weights: a callable (list of (experts, dim) tensors) -> scalar. "default" is a new
             `SpectralRankPenalty("initial", relative=True)`; None is none.
         balance: reads probabilities: a callable (probs (tokens, experts), mask or None) -> scalar, called once for each call
@@ -204,18 +204,18 @@ def wrap_moe(
     for name, part in (("penalty", penalty), ("balance", balance)):
         if part is not None and not callable(part):
             raise TypeError(f'{name} must be a callable, "default" or None, got {part!r}')
-    compiled = getattr(model, "_orig_mod", None)
-    root: nn.Module = model if compiled is None else compiled
+    root, compiled = _inside(model)
     if MoEHandle.of(root) is not None:
         raise ValueError(f"{type(root).__name__} is wrapped already; call MoEHandle.of(model).remove() first")
     chosen = select_gates(root, gates, exclude)
     handle = MoEHandle(root, chosen, penalty, balance, penalty_coef, balance_coef, add_to_loss)
-    if compiled is not None:
+    if compiled:
         handle.advice.compiled([type(root).__name__])
     handle.advice.at_wrapping(root, balance is not None)
     handle.registrations = [
         root.register_forward_pre_hook(BeforeModel(handle), with_kwargs=True),
-        root.register_forward_hook(AfterModel(handle), with_kwargs=True, always_call=True),
+        # first here too: the backward of the whole loss, the term included, is to pass the engines' hooks
+        root.register_forward_hook(AfterModel(handle), with_kwargs=True, always_call=True, prepend=True),
         # first of the module's hooks: sharding engines free the weight in theirs
         *(
             gate.module.register_forward_hook(AtGate(handle, index), with_kwargs=True, prepend=True)
@@ -223,6 +223,18 @@ def wrap_moe(
         ),
     ]
     return handle
+
+
+def _inside(model: nn.Module) -> tuple[nn.Module, bool]:
+    """What is in the shells of DDP, DeepSpeed and torch.compile, whose calls have no argument names, and if it is compiled."""
+    compiled = False
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model, compiled = model.get_submodule("_orig_mod"), True
+        elif isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
+            model = model.get_submodule("module")
+        else:
+            return model, compiled
 
 
 def _hooks_below(model: nn.Module) -> list[tuple[nn.Module, dict[int, Any], Hook]]:

@@ -239,7 +239,7 @@ def test_metrics_and_table_show_what_routes(options: dict, weight_of, name: str)
     expected = [f"base_model.model.model.layers.{i}.mlp.{name}" for i in (0, 1)]
     assert list(handle.metrics()) == expected
     weights = [weight_of(layer.mlp.gate).detach() for layer in layers(model)]
-    penalties = primed(weights).each(weights).tolist()
+    penalties = [part.item() for part in primed(weights).each(weights)]
     for row, weight, penalty in zip(handle.metrics().values(), weights, penalties, strict=True):
         assert row["sigma_max"] == pytest.approx(spectral_norm(weight).item())
         assert row["stable_rank"] == pytest.approx(stable_rank(weight).item())

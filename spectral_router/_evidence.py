@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 # inside a router: not what scores the experts
 _NOT_SCORING = re.compile(r"noise|bias|norm|scale|statics|lora_|temperature|_inv_")
+# stacks of matrices in these are heads
+_HEADS = re.compile(r"att|conv|rnn|lstm|gru|ssm|mamba", re.I)
 _NOT_A_COUNT = re.compile(r"_per|top|shared|capacity|size|dim|hidden|group|parallel|rank|idx|index|_id|layer|step|freq|dense")
 
 
@@ -46,6 +48,8 @@ def counts_in(module: nn.Module) -> set[int]:
 def counts_beside(block: nn.Module, router: nn.Module | None) -> set[int]:
     """Numbers of experts that stand in the block: a list of equal modules, or parameters stacked over experts."""
     counts: set[int] = set()
+    if not _HEADS.search(type(block).__name__):
+        counts |= {len(parameter) for parameter in block.parameters(recurse=False) if parameter.ndim == 3}
     for name, child in block.named_children():
         if child is router:
             continue

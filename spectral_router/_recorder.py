@@ -82,6 +82,7 @@ class Recorder:
         step = self.step
         step.open = self.attached and self.model.training and torch.is_grad_enabled()
         if not step.open:
+            step.fate = step.fate if step.term is not None else ""
             return
         if not torch.compiler.is_compiling():
             self.advice.before_forward(step.term is not None, step.without_backward)

@@ -50,8 +50,13 @@ def _named(model: nn.Module, gates: Selector, found: list[Gate]) -> list[Gate]:
             if isinstance(rule, (str, re.Pattern)):
                 matched += _parameters(model, rule, modules, found)
         if not matched:
-            near = difflib.get_close_matches(str(rule), {re.sub(r"^.*?\.\d+\.", "", name) for name in modules}, 5, 0.3)
-            raise ValueError(f"gates={rule!r} matches no module with a matrix in {type(model).__name__}{_hint(near)}")
+            # each ending once, with the first full name that has it
+            endings = {re.sub(r"^.*?\.\d+\.", "", name): name for name in reversed(modules) if name}
+            near = [endings[ending] for ending in difflib.get_close_matches(str(rule), endings, 5, 0.3)]
+            raise ValueError(
+                f"gates={rule!r} matches no parameter, and no module with one matrix or a matrix for its experts, in "
+                f"{type(model).__name__}{_hint(near)}"
+            )
         chosen += [gate for gate in matched if all(gate.name != other.name for other in chosen)]
     return chosen
 

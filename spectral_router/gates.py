@@ -66,12 +66,12 @@ def looks_like_gate(name: str, module: nn.Module) -> bool:
 
 def gate_in(name: str, module: nn.Module, parent: nn.Module | None) -> list[Gate]:
     """The gates in a module that the caller says is one, whatever its name and neighbours."""
-    search = _Search()
-    found = search.gates_in(name, module, parent if parent is not None else module)
-    if not found:
-        for path, parameter in matrices(module):
-            found = search.read_as(name, module, parent, path, parameter, parameter.shape[0])
-    return found
+    found = _Search().gates_in(name, module, parent if parent is not None else module)
+    flat = [(path, matrix) for path, matrix in matrices(module) if matrix.ndim == 2]
+    if found or len(flat) != 1:  # of several nothing tells which
+        return found
+    ((path, matrix),) = flat
+    return _Search().read_as(name, module, parent, path, matrix, len(matrix))
 
 
 def gate_of(name: str, owner: nn.Module, attribute: str) -> list[Gate]:

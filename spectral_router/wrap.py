@@ -55,7 +55,7 @@ class MoEHandle(Recorder):
             why = (
                 f"the term of the last training forward {fate}"
                 if fate
-                else "no forward in training, with gradients, came before"
+                else "the last forward was not one in training, with gradients"
             )
             raise RuntimeError(f"handle.loss() has no term to give: {why}")
         self.step.term, self.step.fate = None, "was taken by handle.loss() already; call it once a forward"

@@ -230,7 +230,8 @@ def test_a_checkpoint_without_the_state_warns(tmp_path) -> None:
     wrap_moe(model := mixtral())
     trainer(model, tmp_path, **SAVING).train()
     with pytest.warns(UserWarning, match="the checkpoint holds no state of the routers' objective"):
-        trainer(model, tmp_path, MoECallback(), max_steps=2).train(resume_from_checkpoint=True)
+        trainer(model, tmp_path, MoECallback(), **{**SAVING, "max_steps": 2}).train(resume_from_checkpoint=True)
+    assert "MoECallback" in (tmp_path / "checkpoint-2" / "trainer_state.json").read_text()
 
 
 def test_a_checkpoint_of_other_gates_is_an_error(tmp_path) -> None:

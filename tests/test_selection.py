@@ -243,3 +243,45 @@ def test_probabilities_of_a_raw_parameter_are_those_that_route(gates: object) ->
     x = torch.randn(5, DIM)
     handle.model(x)
     torch.testing.assert_close(seen[0], (x @ block.w_gate).softmax(-1))
+
+
+class Stacked(nn.Module):
+    """Experts stacked into one parameter of the block itself, no count of them anywhere."""
+
+    def __init__(self, gate: str, matrix: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.experts_in = nn.Parameter(torch.randn(4, 16, 16))
+        setattr(self, gate, matrix)
+
+
+@pytest.mark.parametrize(
+    ("name", "matrix", "gates"),
+    [
+        ("gate", nn.Linear(16, 4), None),
+        ("router", nn.Parameter(torch.randn(16, 4)), None),
+        ("router", nn.Parameter(torch.randn(4, 16)), None),
+        ("sel", nn.Parameter(torch.randn(16, 4)), "sel"),
+        ("sel", nn.Parameter(torch.randn(4, 16)), "sel"),
+    ],
+)
+def test_stacked_experts_of_the_block_tell_their_number(name: str, matrix: nn.Module | nn.Parameter, gates: str | None) -> None:
+    with wrap_moe(nn.ModuleList([Stacked(name, matrix)]), gates=gates) as handle:
+        assert [tuple(gate.weight.shape) for gate in handle.gates] == [(4, 16)]
+
+
+def test_heads_of_attention_are_no_experts() -> None:
+    class GatedAttention(Stacked):
+        pass
+
+    assert find_gates(nn.ModuleList([GatedAttention("gate", nn.Linear(16, 4))])) == []
+
+
+def test_a_named_module_with_several_matrices_is_an_error() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Parameter(torch.randn(4, 16))
+            self.two = nn.Parameter(torch.randn(4, 16))
+
+    with pytest.raises(ValueError, match="matches no parameter, and no module with one matrix"):
+        wrap_moe(nn.ModuleDict({"odd": Odd()}), gates="odd")

@@ -21,7 +21,7 @@ from spectral_router.functional import load_balance_loss, spectral_rank_penalty
 
 def test_loss_before_a_training_forward() -> None:
     handle = wrap_moe(Stack())
-    with pytest.raises(RuntimeError, match="no forward in training, with gradients, came before"):
+    with pytest.raises(RuntimeError, match="the last forward was not one in training, with gradients"):
         handle.loss()
 
 

@@ -85,9 +85,11 @@ class MoECallback(TrainerCallback, ExportableState):
 
     def _restore(self, handle: MoEHandle, state: TrainerState) -> None:
         entries: Any = state.stateful_callbacks or {}
+        state.stateful_callbacks = entries
         entry = entries.get(type(self).__name__, {})
         saved = (entry[-1] if isinstance(entry, list) else entry).get("attributes", {}).get("saved")
         if saved is None:
+            entries.setdefault(type(self).__name__, self.state())  # else Trainer's next save misses the entry
             warnings.warn(
                 "the checkpoint holds no state of the routers' objective, as it was written without MoECallback; "
                 'sigma_target="initial" takes the weights as they are now for its anchors',

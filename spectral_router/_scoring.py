@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable
@@ -74,12 +75,14 @@ def source_of(module: nn.Module) -> str:
 
 def sources_of(module: nn.Module) -> list[str]:
     """The source of the module's class and of those it is made from, nearest first, up to torch's own."""
-    sources = []
-    for kind in type(module).__mro__:
-        if kind.__module__.startswith("torch.nn."):
-            break
-        try:
-            sources.append(inspect.getsource(kind))
-        except (OSError, TypeError):  # defined where there is no file
-            continue
-    return sources
+    kinds = type(module).__mro__
+    own = next(place for place, kind in enumerate(kinds) if kind.__module__.startswith("torch.nn."))
+    return [_source_of_class(kind) for kind in kinds[:own]]
+
+
+@functools.lru_cache(maxsize=128)  # a model has many modules of a few classes, and finding the lines of one is slow
+def _source_of_class(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # defined where there is no file
+        return ""

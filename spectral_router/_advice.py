@@ -80,8 +80,8 @@ class Advice:
         if idle:
             self.say(
                 "idle",
-                f"these gates did not run in the first training forward, or something bypasses them: {', '.join(idle)}; their "
-                "weights are penalised, their balance is not",
+                f"these gates did not run in the first training forward, are in eval mode, or are bypassed: {', '.join(idle)}; "
+                "their weights are penalised, their balance is not",
             )
 
     def outside(self, gate: str, model: str) -> None:

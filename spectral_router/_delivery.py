@@ -50,7 +50,8 @@ def pass_on(stand_ins: list[Tensor], live: list[Tensor], output: Any, name: str)
 def loss_of(output: Any) -> Tensor | None:
     """The loss that a model's output carries: a mapping's "loss", or a `loss` attribute."""
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    return loss if isinstance(loss, Tensor) and loss.requires_grad else None
+    # added to a loss for each sample, the term would count once a sample
+    return loss if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1 else None
 
 
 def with_loss(output: Any, loss: Tensor) -> Any:
@@ -96,15 +97,17 @@ def _shifts_labels(model: Any) -> bool:
     """Whether the model predicts the next token: then the first label of a row is no target."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     kind = getattr(base, "loss_type", None) or type(base).__name__
-    return "ForCausalLM" in kind and not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return ("ForCausalLM" in kind or "ForConditionalGeneration" in kind) and not getattr(
+        getattr(base, "config", None), "is_encoder_decoder", False
+    )
 
 
-def token_mask(arguments: Mapping[str, Any], gate: str, probs: Tensor, layout: torch.Size) -> Tensor | None:
+def token_mask(arguments: Mapping[str, Any], gate: str, probs: Tensor, layout: torch.Size, two_sided: bool) -> Tensor | None:
     """The batch's attention mask, one entry for each of the gate's tokens; None where there is none that fits."""
-    decoding = "decoder" in gate.split(".") and arguments.get("decoder_input_ids") is not None
+    decoding = two_sided and "decoder" in gate.split(".")
     mask = arguments.get("decoder_attention_mask" if decoding else "attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.numel() * probs.shape[-1] != probs.numel():
         return None
     if layout[:2] == mask.shape[::-1] and mask.shape[0] != mask.shape[1]:
         mask = mask.mT  # (tokens, batch) layout
-    return mask.reshape(probs.shape[:-1]) != 0
+    return mask.to(probs.device).reshape(probs.shape[:-1]) != 0

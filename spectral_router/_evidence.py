@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 # inside a router: not what scores the experts
 _NOT_SCORING = re.compile(r"noise|bias|norm|scale|statics|lora_|temperature|_inv_")
+_EXPERTS = re.compile(r"expert|moe|mixture", re.I)
 # stacks of matrices in these are heads
-_HEADS = re.compile(r"att|conv|rnn|lstm|gru|ssm|mamba", re.I)
+_HEADS = re.compile(r"att|head|conv|rnn|lstm|gru|ssm|mamba|ret|delta", re.I)
 _NOT_A_COUNT = re.compile(r"_per|top|shared|capacity|size|dim|hidden|group|parallel|rank|idx|index|_id|layer|step|freq|dense")
 
 
@@ -29,12 +30,12 @@ def matrices(router: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield path, matrix
 
 
-def counts_in(module: nn.Module) -> set[int]:
+def counts_in(module: nn.Module, own: bool = False) -> set[int]:
     """Numbers of experts that the module's attributes, or its config's, state."""
     counts = set()
     sources = [
         vars(module),
-        *(vars(vars(module)[key]) for key in ("config", "args") if hasattr(vars(module).get(key), "__dict__")),
+        *(vars(vars(module)[key]) for key in ("config", "args") if not own and hasattr(vars(module).get(key), "__dict__")),
     ]
     for source in sources:
         for key, value in source.items():
@@ -48,8 +49,9 @@ def counts_in(module: nn.Module) -> set[int]:
 def counts_beside(block: nn.Module, router: nn.Module | None) -> set[int]:
     """Numbers of experts that stand in the block: a list of equal modules, or parameters stacked over experts."""
     counts: set[int] = set()
-    if not _HEADS.search(type(block).__name__):
-        counts |= {len(parameter) for parameter in block.parameters(recurse=False) if parameter.ndim == 3}
+    stacks = [(name, len(parameter)) for name, parameter in block.named_parameters(recurse=False) if parameter.ndim == 3]
+    several = len(stacks) > 1 and not _HEADS.search(type(block).__name__)
+    counts |= {size for name, size in stacks if several or _EXPERTS.search(f"{name} {type(block).__name__}")}
     for name, child in block.named_children():
         if child is router:
             continue

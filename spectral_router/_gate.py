@@ -21,7 +21,8 @@ class Gate:
     """One router gate of a model: its matrix, live, and how the probabilities over its experts are read.
 
     Args:
-        name: path, in the model, of the module that is hooked; for a matrix inside a stack, with `[i]` at its end.
+        name: path, in the model, of the module that is hooked, or of a raw parameter of a block; for a matrix inside a
+            stack, with `[i]` at its end.
         module: that module.
         num_experts: K, the number of experts that it scores.
         parameter: path of the matrix inside the module, such as "weight", "layer.weight" or "w_gate". Its rows score the
@@ -37,6 +38,7 @@ class Gate:
         probs: your own reading instead: called with the module's input and its output, returns the
             probabilities `(tokens, experts)`.
         adapter: the PEFT layer that adapts the matrix, if there is one.
+        assumed: the weights that the gate handed out in its trial fit no scoring of W x + b that is known here.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Gate:
     position: int | str | None = None
     probs: Callable[[Tensor, Any], Tensor] | None = None
     adapter: nn.Module | None = None
+    assumed: bool = False
 
     def __post_init__(self) -> None:
         if self.scoring not in SCORES:
@@ -98,6 +101,11 @@ class Gate:
             with torch.autocast(tokens.device.type, enabled=False):
                 scores = self.logits(tokens)
         else:
+            if isinstance(output, Tensor) != (self.position is None):
+                raise RuntimeError(
+                    f"gate {self.name!r} is read from {self.how}, but returned a {type(output).__name__} here; pass "
+                    "wrap_moe(gates=[Gate(...)]) with the right position, or a `probs` function"
+                )
             scores = pick(output, self.position)[..., : self.num_experts]
         scores = scores if scores.dtype == torch.float64 else scores.float()
         return scores if self.reads == "probs" else SCORES[self.scoring](scores)
@@ -119,7 +127,8 @@ class Gate:
         if self.probs is not None:
             return "own function"
         place = "output" if self.position is None else f"output[{self.position!r}]"
-        return {"input": "W x + b of its input", "logits": f"{place}: logits", "probs": f"{place}: probs"}[self.reads]
+        way = {"input": "W x + b of its input", "logits": f"{place}: logits", "probs": f"{place}: probs"}[self.reads]
+        return f"{way} (scoring assumed)" if self.assumed else way
 
 
 def first_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any], dim: int) -> Tensor:

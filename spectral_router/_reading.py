@@ -43,8 +43,8 @@ def observe(gate: Gate, block: nn.Module | None, settled: dict[Any, _Reading]) -
         else:
             called = trial.called
             _judge(gate, trial)
-        settled[key] = _Reading(gate.num_experts, gate.scoring, gate.reads, gate.position, called)
-    gate.num_experts, gate.scoring, gate.reads, gate.position, called = settled[key]
+        settled[key] = _Reading(gate.num_experts, gate.scoring, gate.reads, gate.position, gate.assumed, called)
+    gate.num_experts, gate.scoring, gate.reads, gate.position, gate.assumed, called = settled[key]
     if called and gate.reads == "input":
         gate.name, gate.module = f"{gate.name}.{scorer_path}".lstrip("."), scorer
         gate.parameter, gate.reads, gate.position = gate.parameter.rpartition(".")[2], "logits", None
@@ -56,6 +56,7 @@ class _Reading(NamedTuple):
     scoring: str
     reads: Reads
     position: int | str | None
+    assumed: bool
     called: bool  # the layer that holds the matrix is run as a module
 
 
@@ -192,6 +193,7 @@ def _judge_scoring(gate: Gate, trial: _Trial, logits: Tensor | None) -> None:
             places = [indices]
         for place in places:
             fits = [name for name, score in RAW_SCORES.items() if _proportional(weights, score(logits).gather(1, place))]
+            gate.assumed = len(fits) != 1
             if len(fits) == 1:
                 gate.scoring = fits[0]
                 return

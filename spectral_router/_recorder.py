@@ -24,6 +24,7 @@ class Call(NamedTuple):
     probs: Tensor | None  # None: the gate is frozen
     weight: Tensor
     layout: torch.Size  # of the gate's input
+    live: bool = True  # False: stand-ins, which learn only if the call is run again
 
 
 @dataclass
@@ -72,6 +73,7 @@ class Recorder:
         self.balances: dict[int, Tensor] = {}  # likewise: the balance loss, without coefficient
         self.ties = _tied(gates)  # numbers of the gates that share a matrix, for each matrix
         self._names = argument_names(model)
+        self._two_sided = "decoder_input_ids" in self._names
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "step": Step()}
@@ -85,8 +87,8 @@ class Recorder:
             step.fate = step.fate if step.term is not None else ""
             return
         if not torch.compiler.is_compiling():
-            self.advice.before_forward(step.term is not None, step.without_backward)
-        step.calls, step.term = [], None
+            self.advice.before_forward(step.term is not None and step.term.requires_grad, step.without_backward)
+        step.calls, step.term, step.fate = [], None, ""
         step.arguments = by_name(self._names, args, kwargs)
 
     def at_gate(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -94,7 +96,7 @@ class Recorder:
         if not (self.attached and module.training and (self.step.open or with_graph)):
             return None
         gate = self.gates[index]
-        if gate.module is not module:  # an adapter library has put a copy in its place
+        if self.step.open and gate.module is not module:  # an adapter library has put a copy in its place
             gate.module = module
         with torch.enable_grad():
             weight = gate.weight
@@ -111,7 +113,7 @@ class Recorder:
             return self._again(index, probs, weight, output)
         if not with_graph:
             probs, weight = self._stand_in(index, probs, weight)
-        self.step.calls.append(Call(index, probs, weight, tokens.shape))
+        self.step.calls.append(Call(index, probs, weight, tokens.shape, with_graph))
         return None
 
     def finish(self, output: Any) -> Any:
@@ -124,10 +126,13 @@ class Recorder:
             return None
         if not torch.compiler.is_compiling():
             self._look_round(calls, arguments)
-        term = self._total(calls, arguments)
-        if term is None:
-            return None
         loss = loss_of(output) if self.add_to_loss else None
+        term = self._total(calls, arguments)
+        if term is None and loss is None and calls and not (self.penalty is None and self.balance is None):
+            term = calls[0].weight.new_zeros(())  # every gate is frozen: a loop that adds the term goes on
+        if term is None:
+            step.fate = "has nothing in it: no gate ran that learns"
+            return None
         if loss is None:
             step.term, step.fate = term, "is open"
             return None
@@ -183,14 +188,15 @@ class Recorder:
         device = calls[0].weight.device
         parts: list[Tensor] = []
         with torch.autocast(device.type, enabled=False):
-            penalty = self._penalty({call.gate: call.weight for call in reversed(calls)})
+            # of several calls the first one with a graph
+            penalty = self._penalty({c.gate: c.weight for c in (*reversed(calls), *(c for c in reversed(calls) if c.live))})
             if penalty is not None:
                 parts.append(self.penalty_coef * penalty)
             self.balances = {}
             for call in calls:
                 if call.probs is None:
                     continue
-                mask = token_mask(arguments, self.gates[call.gate].name, call.probs, call.layout)
+                mask = token_mask(arguments, self.gates[call.gate].name, call.probs, call.layout, self._two_sided)
                 self.shares[call.gate] = _share(call.probs.detach(), mask)
                 if self.balance is not None:
                     balance = self.balance(call.probs, mask)
@@ -199,7 +205,8 @@ class Recorder:
             if not parts:
                 return None
             total = torch.stack([part.to(device) for part in parts]).sum()
-            return total * share_of_step(self.model, arguments)
+            share = share_of_step(self.model, arguments)
+            return total * (share.to(device) if isinstance(share, Tensor) else share)
 
     def learning(self) -> list[bool]:
         """For each matrix, tied ones being one, whether it learns."""

@@ -54,7 +54,7 @@ def named_scoring(modules: list[nn.Module | None]) -> str:
         for source in sources_of(module):
             text += source
             if "super().forward(" not in source and (
-                named := {n for n in ("sigmoid", "softmax") if re.search(rf"{n}\w*\(", text)}
+                named := {n for n in ("sigmoid", "softmax") if re.search(rf"(?i){n}\w*\(", text)}
             ):
                 if len(named) == 1:
                     return named.pop()

@@ -26,11 +26,13 @@ def select_gates(model: nn.Module, gates: Selector | None, exclude: Selector | N
         kept = [gate for gate in chosen if not any(_meets(rule, gate.name, gate.module) or rule is gate for rule in wanted)]
         if len(kept) == len(chosen):
             raise ValueError(f"exclude={exclude!r} matches none of the gates: {', '.join(gate.name for gate in chosen)}")
+        if not kept:
+            raise ValueError(f"exclude={exclude!r} leaves none of the gates: {', '.join(gate.name for gate in chosen)}")
         chosen = kept
     _warn_of_quantised(model, chosen)
     if not chosen:
         raise ValueError(
-            f"no router gate found in {type(model).__name__}{_hint(_gate_like(model))}; name the gates with "
+            f"no router gate found in {type(model).__name__}{_hint(_gate_like(model)[:5])}; name the gates with "
             'gates=: a suffix such as "mlp.gate", a class, or Gate objects'
         )
     return chosen
@@ -52,7 +54,10 @@ def _named(model: nn.Module, gates: Selector, found: list[Gate]) -> list[Gate]:
         if not matched:
             # each ending once, with the first full name that has it
             endings = {re.sub(r"^.*?\.\d+\.", "", name): name for name in reversed(modules) if name}
-            near = [endings[ending] for ending in difflib.get_close_matches(str(rule), endings, 5, 0.3)]
+            close = [endings[ending] for ending in difflib.get_close_matches(str(rule), endings, 5, 0.3)]
+            close += difflib.get_close_matches(str(rule), modules, 5, 0.6)
+            like = set(_gate_like(model))
+            near = sorted(dict.fromkeys(close), key=lambda name: name not in like)[:5]
             raise ValueError(
                 f"gates={rule!r} matches no parameter, and no module with one matrix or a matrix for its experts, in "
                 f"{type(model).__name__}{_hint(near)}"
@@ -73,7 +78,7 @@ def _parameters(model: nn.Module, rule: str | re.Pattern[str], modules: dict[str
         owner, _, attribute = path.rpartition(".")
         if parameter.ndim == 2 and _meets(rule, path, modules[owner]):
             known = [gate for gate in found if gate.matrix is parameter]
-            gates += known or gate_of(owner, modules[owner], attribute)
+            gates += known or gate_of(path, modules[owner], attribute, modules.get(owner.rpartition(".")[0]))
     return gates
 
 
@@ -103,7 +108,7 @@ def _fullmatch(pattern: str, name: str) -> bool:
 
 
 def _gate_like(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if looks_like_gate(name.rpartition(".")[2], module)][:5]
+    return [name for name, module in model.named_modules() if looks_like_gate(name.rpartition(".")[2], module)]
 
 
 def _hint(names: list[str]) -> str:

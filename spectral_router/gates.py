@@ -47,12 +47,16 @@ def find_gates(model: nn.Module) -> list[Gate]:
     """
     search = _Search()
     gates: list[Gate] = []
+    routers: set[int] = set()
     inside: list[str] = []  # prefixes of what lies in gates found so far
     with shaped(model):
         for name, block in model.named_modules():
             for path, router in _candidates(name, block):
-                if not f"{path}.".startswith(tuple(inside)) and (found := search.gates_in(path, router, block)):
+                if id(router) in routers or f"{path}.".startswith(tuple(inside)):  # one module in two places: one hook
+                    continue
+                if found := search.gates_in(path, router, block):
                     gates += found
+                    routers.add(id(router))
                     inside.append(f"{path}." if path else "")
             if not f"{name}.".startswith(tuple(inside)):
                 gates += search.raw_gates(name, block)
@@ -74,10 +78,10 @@ def gate_in(name: str, module: nn.Module, parent: nn.Module | None) -> list[Gate
     return _Search().read_as(name, module, parent, path, matrix, len(matrix))
 
 
-def gate_of(name: str, owner: nn.Module, attribute: str) -> list[Gate]:
+def gate_of(name: str, owner: nn.Module, attribute: str, parent: nn.Module | None) -> list[Gate]:
     """The gate whose matrix the caller says is this parameter."""
     matrix: Tensor = getattr(owner, attribute)
-    counts = counts_in(owner) | counts_beside(owner, None)
+    counts = counts_in(owner) | counts_beside(owner, None) | (counts_beside(parent, owner) if parent is not None else set())
     rows, columns = matrix.shape
     if (rows in counts) == (columns in counts):  # the neighbours do not tell
         count = columns if multiplied_from_left(owner, attribute) else rows
@@ -91,7 +95,7 @@ def _candidates(name: str, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, block
     for child_name, child in block.named_children():
         path = f"{name}.{child_name}".lstrip(".")
-        if isinstance(child, nn.ModuleList) and _GATE_NAME.fullmatch(child_name.lower()):
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and _GATE_NAME.fullmatch(child_name.lower()):
             yield from ((f"{path}.{key}", element) for key, element in child.named_children())
         elif looks_like_gate(child_name, child):
             yield path, child
@@ -116,13 +120,17 @@ class _Search:
                     gate.name, gate.module, gate.parameter = name, router, f"base_layer.{gate.parameter}"
             return wrapped
         candidates = list(matrices(router))
-        counts = counts_in(router) | counts_in(block) | counts_beside(block, router)
+        # a config is the whole model's: where no experts stand, it says nothing of a plain layer, as of attention's own gate
+        own = isinstance(router, nn.Linear) and not beside_experts(block)
+        counts = counts_in(router) | counts_in(block, own) | counts_beside(block, router)
         owners = [type(router.get_submodule(path.rpartition(".")[0])) for path, _ in candidates]
         if not counts and beside_experts(block) and owners == [nn.Linear]:
             counts = {len(candidates[0][1])}  # the only layer of a router whose experts do not tell their number
         for slack in range(5 if _GATE_CLASS.search(type(router).__name__) else 1):
             for path, parameter in reversed(candidates):
                 sides = parameter.shape if parameter.ndim > 1 else ()
+                if isinstance(router.get_submodule(path.rpartition(".")[0]), nn.Linear):
+                    sides = sides[:1]  # one row for each output, never a column
                 for count in sorted(counts, reverse=True):
                     if sides and (count + slack in sides[-2:] or (parameter.ndim == 3 and count == sides[-1])):
                         return self.read_as(name, router, block, path, parameter, count + slack)
@@ -137,7 +145,7 @@ class _Search:
         for path, parameter in block.named_parameters(recurse=False):
             if _GATE_NAME.fullmatch(path.lower()) and parameter.ndim == 2 and set(parameter.shape) & counts:
                 count = max(set(parameter.shape) & counts)
-                gates += self.read_as(name, block, None, path, parameter, count)
+                gates += self.read_as(f"{name}.{path}".lstrip("."), block, None, path, parameter, count)
         return gates
 
     def read_as(

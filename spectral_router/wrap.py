@@ -34,12 +34,13 @@ class MoEHandle(Recorder):
     `print(handle)` is a table of the gates. As a context manager it removes itself at the end.
     """
 
-    # kept for what they do when a model is loaded in a new process: numbers of hooks there do not collide with these
+    # unpickled in a new process, these raise torch's counter of hooks there, so that a later hook does not replace ours
     registrations: list[RemovableHandle]
 
     @classmethod
     def of(cls, model: nn.Module) -> MoEHandle | None:
-        """The handle of a wrapped model, or None: for a model that was copied or loaded while wrapped."""
+        """The handle of a wrapped model, None if it is not wrapped. A copy of a wrapped model, or one loaded from a file, has
+        a handle of its own."""
         return next((hook.handle for _, _, hook in _hooks_below(model) if isinstance(hook.handle, cls)), None)
 
     def loss(self) -> Tensor:
@@ -122,7 +123,9 @@ class MoEHandle(Recorder):
         rows = [head] + [(g.name, type(g.module).__name__, f"{g.num_experts} x {g.dim}", g.scoring, g.how) for g in self.gates]
         widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        parts = [f"{c} x {p!r}" for p, c in ((self.penalty, self.penalty_coef), (self.balance, self.balance_coef)) if p]
+        parts = [
+            f"{c} x {p!r}" for p, c in ((self.penalty, self.penalty_coef), (self.balance, self.balance_coef)) if p is not None
+        ]
         return "\n".join([f"{type(self.model).__name__}: {' + '.join(parts) or 'nothing added'}", *lines])
 
 

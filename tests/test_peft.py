@@ -183,8 +183,11 @@ def test_adapters_put_on_after_wrapping_are_told(model) -> None:
     batch = BATCH if model is mixtral else {"x": tokens()}
     with pytest.warns(UserWarning, match="frozen gates are left alone.*where PEFT adapts them, wrap the PEFT model"):
         late(**batch)
-    with pytest.raises(RuntimeError, match=r"handle\.loss\(\) has no term to give"):
-        handle.loss()
+    if model is mixtral:  # its output has a loss, which is left as it is
+        with pytest.raises(RuntimeError, match="has nothing in it: no gate ran that learns"):
+            handle.loss()
+    else:
+        assert handle.loss() == 0
 
 
 # ----------------------------------------------------------------------------------------- adapters off, merged, unloaded

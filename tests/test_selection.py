@@ -246,11 +246,12 @@ def test_probabilities_of_a_raw_parameter_are_those_that_route(gates: object) ->
 
 
 class Stacked(nn.Module):
-    """Experts stacked into one parameter of the block itself, no count of them anywhere."""
+    """Experts stacked into parameters of the block itself, no count of them anywhere."""
 
     def __init__(self, gate: str, matrix: nn.Module | nn.Parameter) -> None:
         super().__init__()
-        self.experts_in = nn.Parameter(torch.randn(4, 16, 16))
+        self.inward = nn.Parameter(torch.randn(4, 16, 16))
+        self.outward = nn.Parameter(torch.randn(4, 16, 16))
         setattr(self, gate, matrix)
 
 
@@ -274,6 +275,78 @@ def test_heads_of_attention_are_no_experts() -> None:
         pass
 
     assert find_gates(nn.ModuleList([GatedAttention("gate", nn.Linear(16, 4))])) == []
+    block = nn.Module()
+    block.gate, block.relative_bias = nn.Linear(16, 4), nn.Parameter(torch.randn(4, 5, 5))  # one stack says nothing
+    assert find_gates(block) == []
+
+
+def test_a_layer_is_matched_by_its_outputs_only() -> None:
+    block = nn.Module()
+    block.gate, block.experts = nn.Linear(4, 16), nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+    assert find_gates(block) == []
+
+
+def test_one_gate_in_two_blocks_is_one_gate() -> None:
+    gate = nn.Linear(16, 4)
+    model = nn.ModuleList([nn.ModuleDict({"gate": gate, "experts": nn.ModuleList([nn.Linear(16, 16)] * 4)}) for _ in range(2)])
+    assert [found.name for found in find_gates(model)] == ["0.gate"]
+
+
+def test_gates_in_a_dictionary_are_all_found() -> None:
+    block = nn.Module()
+    block.gates = nn.ModuleDict({task: nn.Linear(16, 4) for task in "ab"})
+    block.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+    assert [gate.name for gate in find_gates(block)] == ["gates.a", "gates.b"]
+
+
+def test_scoring_by_a_module_is_read_from_the_source_too() -> None:
+    class SigmoidMoE(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.act = nn.Linear(16, 4), nn.Sigmoid()
+            self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    assert [gate.scoring for gate in find_gates(SigmoidMoE())] == ["sigmoid"]
+
+
+def test_weights_that_fit_no_known_scoring_are_told() -> None:
+    class RescaledRouter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_experts = 4
+            self.weight = nn.Parameter(torch.randn(4, 16))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return (7 * x @ self.weight.T).softmax(-1).topk(2)
+
+    model = nn.ModuleDict({"router": RescaledRouter(), "experts": nn.ModuleList(nn.Linear(16, 16) for _ in range(4))})
+    (gate,) = find_gates(model)
+    assert gate.assumed
+    assert "scoring assumed" in repr(gate)
+
+
+def test_a_gate_that_returns_something_else_in_training_is_named() -> None:
+    class TwoFaced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_experts = 4
+            self.weight = nn.Parameter(torch.randn(4, 16))
+
+        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            logits = x @ self.weight.T
+            return (logits, logits.sum()) if self.training else logits
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = TwoFaced()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.router(x)[0]
+
+    wrap_moe(model := Mixture())
+    with pytest.raises(RuntimeError, match=r"gate 'router' is read from output: logits, but returned a tuple here"):
+        model(torch.randn(2, 16))
 
 
 def test_a_named_module_with_several_matrices_is_an_error() -> None:

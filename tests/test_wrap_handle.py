@@ -354,3 +354,43 @@ def test_state_where_a_part_has_none(part) -> None:
     handle = wrap_moe(Stack(), penalty=part, balance=None)
     assert handle.state_dict()["penalty"] == {}
     handle.load_state_dict(handle.state_dict())
+
+
+def test_a_loss_for_each_sample_is_left_alone() -> None:
+    class PerSample(Stack):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"loss": super().forward(x).square().flatten(1).mean(1)}
+
+    torch.manual_seed(0)
+    model, x = PerSample(), torch.randn(3, 5, DIM)
+    plain = model(x)["loss"].detach()
+    handle = wrap_moe(model)
+    torch.testing.assert_close(model(x)["loss"], plain)
+    assert handle.loss().ndim == 0
+
+
+def test_all_gates_frozen_for_a_while() -> None:
+    model, x = Stack(), tokens()
+    handle = wrap_moe(model)
+    for layer in model.layers:
+        layer.gate.requires_grad_(False)
+    with pytest.warns(UserWarning, match="frozen gates"):
+        (model(x).square().mean() + handle.loss()).backward()
+
+
+def test_a_forward_without_graph_before_the_real_one_does_not_take_the_gradient() -> None:
+    class Conditioned(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                hint = super().forward(x)
+            return super().forward(x + hint)
+
+    torch.manual_seed(0)
+    model, x = Conditioned(), tokens()
+    handle = wrap_moe(model, penalty=SpectralRankPenalty(), balance=None)
+    model(x)
+    handle.loss().backward()
+    for layer in model.layers:
+        weight = layer.gate.weight.detach().clone().requires_grad_()
+        (0.01 * spectral_rank_penalty(weight)).backward()
+        torch.testing.assert_close(layer.gate.weight.grad, weight.grad)

@@ -92,7 +92,7 @@ def test_nothing_is_recorded_outside_of_training(how: str) -> None:
     model.train("eval" not in how)
     with torch.inference_mode("inference" in how), torch.no_grad() if "grad" in how else nullcontext():
         model(**BATCH)
-    with pytest.raises(RuntimeError, match="no forward in training"):
+    with pytest.raises(RuntimeError, match="the last forward was not one in training"):
         handle.loss()
     with pytest.raises(AssertionError, match="called"):  # so that it can fail
         model.train()(**BATCH)

@@ -106,17 +106,18 @@ class Gate:
                     f"gate {self.name!r} is read from {self.how}, but returned a {type(output).__name__} here; pass "
                     "wrap_moe(gates=[Gate(...)]) with the right position, or a `probs` function"
                 )
-            scores = pick(output, self.position)[..., : self.num_experts]
+            scores = whole(pick(output, self.position))
+            scores = scores if scores.shape[-1] == self.num_experts else scores[..., : self.num_experts]
         scores = scores if scores.dtype == torch.float64 else scores.float()
         return scores if self.reads == "probs" else SCORES[self.scoring](scores)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """W x + b for tokens `(*, D)`, in float32 or better."""
-        weight, bias = self.weight, getattr(self.owner, "bias", None)
+        weight, bias = whole(self.weight), getattr(self.owner, "bias", None)
         dtype = torch.promote_types(torch.promote_types(tokens.dtype, weight.dtype), torch.float32)
         if not isinstance(bias, Tensor) or bias.shape != (self.num_experts,):
             bias = None
-        return F.linear(tokens.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return F.linear(tokens.to(dtype), weight.to(dtype), None if bias is None else whole(bias).to(dtype))
 
     def __repr__(self) -> str:
         return f"Gate({self.name!r}, {self.num_experts} experts x {self.dim}, {self.scoring}, {self.how})"
@@ -138,6 +139,11 @@ def first_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any], dim: int) -> 
             return value
     shapes = [tuple(value.shape) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     raise ValueError(f"a gate whose logits are computed from its input must get tokens (*, {dim}), got shapes {shapes}")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A DTensor as a plain tensor, with gradient; a collective where it is sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def pick(output: Any, position: int | str | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._advice import Advice
 from ._delivery import argument_names, by_name, loss_of, pass_on, share_of_step, token_mask, with_loss
-from ._gate import Gate
+from ._gate import Gate, whole
 
 # Stand-ins of forwards whose backward never came are let go after so many further ones of the same gate.
 _OUTSTANDING = 64
@@ -101,14 +101,14 @@ class Recorder:
         with torch.enable_grad():
             weight = gate.weight
             if torch.distributed.is_available() and torch.distributed.is_initialized():
-                weight = _whole(weight).clone()  # sharding engines free it after the module's forward
+                weight = whole(weight).clone()  # sharding engines free it after the module's forward
         tokens = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), weight)
         # an adapter that is switched off leaves W frozen; one that was put on after wrapping is not known here
         if not (_trainable(gate) and (weight.requires_grad or hasattr(gate.owner, "parametrizations"))):
             if self.step.open:
                 self.step.calls.append(Call(index, None, weight, tokens.shape))
             return None
-        probs = _whole(gate.read(args, kwargs, output))
+        probs = gate.read(args, kwargs, output)
         if not self.step.open:
             return self._again(index, probs, weight, output)
         if not with_graph:
@@ -251,7 +251,7 @@ def full_weight(gate: Gate) -> Tensor:
 
         with deepspeed.zero.GatheredParameters(empty):
             return gate.weight.clone()
-    return _whole(gate.weight)
+    return whole(gate.weight)
 
 
 def _trainable(gate: Gate) -> bool:
@@ -262,10 +262,6 @@ def _trainable(gate: Gate) -> bool:
     if name in parametrized:
         return any(parameter.requires_grad for parameter in parametrized[name].parameters())
     return gate.matrix.requires_grad
-
-
-def _whole(weight: Tensor) -> Tensor:
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def _share(probs: Tensor, mask: Tensor | None) -> Tensor:

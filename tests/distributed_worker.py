@@ -57,4 +57,6 @@ def work(rank: int, modules: list[str], folder: str, ranks: int) -> None:
                 results[f"{module}: {name}"] = traceback.format_exc()
             dist.barrier()
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()  # the results of all are there
+    # without the interpreter's own end: in it a thread of torch or gloo now and then aborts a process that is done
+    os._exit(0)

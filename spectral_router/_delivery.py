@@ -82,15 +82,15 @@ def share_of_step(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | fl
     sum over the micro-batch by it, and Trainer does not divide the loss by the number of micro-batches. A term added in
     full to each would count once a micro-batch.
     """
-    total, labels = arguments.get("num_items_in_batch"), arguments.get("labels")
-    shifted = arguments.get("shift_labels")
+    total = arguments.get("num_items_in_batch")
+    if total is None:
+        return 1.0
+    labels, shifted = arguments.get("labels"), arguments.get("shift_labels")
     if isinstance(shifted, Tensor):
         labels = shifted
     elif isinstance(labels, Tensor) and _shifts_labels(model):
         labels = labels[..., 1:]
-    if total is None or not isinstance(labels, Tensor):
-        return 1.0
-    return labels.ne(-100).sum() / total
+    return labels.ne(-100).sum() / total if isinstance(labels, Tensor) else 1.0
 
 
 def _shifts_labels(model: Any) -> bool:

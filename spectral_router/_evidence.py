@@ -55,7 +55,7 @@ def counts_beside(block: nn.Module, router: nn.Module | None) -> set[int]:
     for name, child in block.named_children():
         if child is router:
             continue
-        if "expert" not in name.lower() and "expert" not in type(child).__name__.lower():
+        if not _holds_experts(name, child):
             if isinstance(child, nn.ModuleList) and type(router) is nn.Linear:
                 counts.add(_alike(child))
             continue
@@ -69,7 +69,11 @@ def counts_beside(block: nn.Module, router: nn.Module | None) -> set[int]:
 
 
 def beside_experts(block: nn.Module) -> bool:
-    return any("expert" in name.lower() or "expert" in type(child).__name__.lower() for name, child in block.named_children())
+    return any(_holds_experts(name, child) for name, child in block.named_children())
+
+
+def _holds_experts(name: str, child: nn.Module) -> bool:
+    return "expert" in f"{name} {type(child).__name__}".lower()
 
 
 def _alike(container: nn.ModuleList | nn.ModuleDict) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ._advice import Advice
 from ._delivery import argument_names, by_name, loss_of, pass_on, share_of_step, token_mask, with_loss
 from ._gate import Gate, whole
+from .functional import expert_sums
 
 # Stand-ins of forwards whose backward never came are let go after so many further ones of the same gate.
 _OUTSTANDING = 64
@@ -266,7 +267,5 @@ def _trainable(gate: Gate) -> bool:
 
 def _share(probs: Tensor, mask: Tensor | None) -> Tensor:
     """Mean probability of each expert, (K)."""
-    if mask is not None:
-        probs = torch.where(mask[..., None], probs, 0)
-    total = probs.flatten(0, -2).sum(0)
+    total = expert_sums(probs, mask)
     return total / total.sum().clamp_min(torch.finfo(total.dtype).tiny)

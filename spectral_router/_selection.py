@@ -18,8 +18,8 @@ Selector = Union[str, "re.Pattern[str]", type[nn.Module], Callable[[str, nn.Modu
 
 
 def select_gates(model: nn.Module, gates: Selector | None, exclude: Selector | None) -> list[Gate]:
+    found = find_gates(model)
     with shaped(model):
-        found = find_gates(model)
         chosen = found if gates is None else _named(model, gates, found)
     if exclude is not None:
         wanted = _flat(exclude)
@@ -48,7 +48,7 @@ def _named(model: nn.Module, gates: Selector, found: list[Gate]) -> list[Gate]:
             matched = [rule]
         else:
             names = [name for name, module in modules.items() if name and _meets(rule, name, module)]
-            matched = [gate for name in names for gate in _at(model, name, modules, found)]
+            matched = [gate for name in names for gate in _at(name, modules, found)]
             if isinstance(rule, (str, re.Pattern)):
                 matched += _parameters(model, rule, modules, found)
         if not matched:
@@ -66,7 +66,7 @@ def _named(model: nn.Module, gates: Selector, found: list[Gate]) -> list[Gate]:
     return chosen
 
 
-def _at(model: nn.Module, name: str, modules: dict[str, nn.Module], found: list[Gate]) -> list[Gate]:
+def _at(name: str, modules: dict[str, nn.Module], found: list[Gate]) -> list[Gate]:
     """The gates that the search found at or below a named module, else what the module itself gives."""
     below = [gate for gate in found if f"{gate.name}.".startswith((f"{name}.", f"{name}["))]
     return below or gate_in(name, modules[name], modules.get(name.rpartition(".")[0]))

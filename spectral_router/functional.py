@@ -139,6 +139,16 @@ def load_balance_loss(probs: Tensor, mask: Tensor | None = None, *, unbiased: bo
     >>> load_balance_loss(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
     tensor(1.)
     """
+    importance = expert_sums(probs, mask)
+    num_experts = len(importance)
+    mean = importance.mean()
+    share = importance / torch.where(mean == 0, 1, mean)
+    divisor = max(num_experts - 1, 1) if unbiased else num_experts
+    return torch.where(mean == 0, 0, (share - 1).square().sum() / divisor)
+
+
+def expert_sums(probs: Tensor, mask: Tensor | None) -> Tensor:
+    """Probabilities `(*, K)` summed over the tokens that count, `(K)` in float32 or float64, or a clear error."""
     if not isinstance(probs, Tensor):
         raise TypeError(f"probs must be a tensor, got {type(probs).__name__}; of a RouterOutput pass .probs")
     if probs.ndim < 1 or probs.shape[-1] < 1:
@@ -152,13 +162,8 @@ def load_balance_loss(probs: Tensor, mask: Tensor | None = None, *, unbiased: bo
                 f"got {tuple(mask.shape)}; reshape it to one entry a token"
             )
         probs = torch.where(mask.bool()[..., None], probs, 0)
-    num_experts = probs.shape[-1]
     dtype = probs.dtype if probs.dtype == torch.float64 else torch.float32
-    importance = rearrange(probs, "... k -> (...) k").sum(0, dtype=dtype)
-    mean = importance.mean()
-    share = importance / torch.where(mean == 0, 1, mean)
-    divisor = max(num_experts - 1, 1) if unbiased else num_experts
-    return torch.where(mean == 0, 0, (share - 1).square().sum() / divisor)
+    return rearrange(probs, "... k -> (...) k").sum(0, dtype=dtype)
 
 
 def as_fat_batch(weight: Tensor) -> Tensor:

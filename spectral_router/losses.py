@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -50,14 +49,10 @@ class LoadBalanceLoss(nn.Module):
         self.sync = sync
 
     def forward(self, probs: Tensor, mask: Tensor | None = None) -> Tensor:
-        loss = functional.load_balance_loss(probs, mask, unbiased=self.unbiased)  # also checks the arguments
-        if not (self.sync and dist.is_available() and dist.is_initialized()):
-            return loss
-        if mask is not None:
-            probs = torch.where(mask.bool()[..., None], probs, 0)
-        # the loss depends on shares only: the sum over all tokens stands for them
-        total = _sum_over_ranks(probs.reshape(-1, probs.shape[-1]).sum(0, dtype=loss.dtype))
-        return functional.load_balance_loss(total, unbiased=self.unbiased)
+        if self.sync and dist.is_available() and dist.is_initialized():
+            # the loss depends on shares only: the sum over all tokens stands for them
+            probs, mask = _sum_over_ranks(functional.expert_sums(probs, mask)), None
+        return functional.load_balance_loss(probs, mask, unbiased=self.unbiased)
 
     def extra_repr(self) -> str:
         return f"unbiased={self.unbiased}" + (", sync=True" if self.sync else "")

@@ -8,11 +8,15 @@ Everything the spectral penalties need follows from the largest singular value s
 so no SVD is ever computed or differentiated. Both gradients are finite where the SVD's own are not: at equal singular
 values (a subgradient, u v^T of one of them), at rank one, and at the zero matrix (zero, by convention).
 
-Shapes: B matrices, m rows, n columns, m <= n.
+Shapes: B matrices, m rows, n columns. Of a matrix that is taller than wide all is done with its transpose.
+
+Time goes into memory, so passes over the weights are few and in place, and new memory of their size is taken once in
+forward (a batch of all, dropped at the end) and once in backward (the gradient). benchmarks/penalty.py measures it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,59 +25,71 @@ from torch import Tensor
 # Squaring the Gram matrix k times makes 2^k power iterations out of k matmuls of (m, m). One iteration a call, the usual
 # choice for spectral normalisation, is not enough here: the penalty levels the top singular values, so the top direction
 # keeps changing, and a lagging one lets the penalty rise in training (docs/numerics.md).
-_SQUARINGS = 10
+_SQUARINGS = 12
 # Share of the fixed start vector in every start. Without it, a start that is zero (after a zero matrix), or exactly
 # orthogonal to the new top vector (diagonal matrices), would stay so for ever.
 _FIXED_SHARE = 1e-4
 
 
-def spectral_values(weight: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Spectral norm, stable rank and left singular vector of each matrix of a batch.
+def spectral_values(weights: Sequence[Tensor], start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Spectral norm, stable rank and top singular vector of each matrix.
 
     Args:
-        weight: (B, m, n), m <= n, float32 or float64.
-        start: None solves by ``eigh`` of the (m, m) Gram matrix. A (B, m) tensor of unit rows starts a power iteration on
-            that matrix instead: matmuls only, no host synchronisation.
+        weights: tensors (*, m, n) of one shape, dtype and device, B matrices in all.
+        start: None solves by ``eigh`` of the Gram matrix of the shorter side. A (B, min(m, n)) tensor of unit rows starts a
+            power iteration on that matrix instead: matmuls only, no host synchronisation.
 
     Returns:
-        sigma (B,), differentiable; rank (B,), differentiable; u (B, m), constant: the start of the next call.
+        sigma (B,), differentiable; rank (B,), differentiable; u (B, min(m, n)), constant: the start of the next call.
     """
-    sigma, rank, u, *_ = _SpectralValues.apply(weight, start)
+    sigma, rank, u, *_ = _SpectralValues.apply(start, *weights)
     return sigma, rank, u
 
 
-def fixed_start(weight: Tensor) -> Tensor:
-    """(B, m, n) -> (B, m): the same unit rows on every call, orthogonal to nothing in particular; no random state used."""
-    steps = torch.arange(1, weight.shape[-2] + 1, dtype=weight.dtype, device=weight.device)
+def fixed_start(batch: int, rows: int, like: Tensor) -> Tensor:
+    """(batch, rows): the same unit rows on every call, orthogonal to nothing in particular; no random state used."""
+    steps = torch.arange(1, rows + 1, dtype=like.dtype, device=like.device)
     row = torch.sin(steps * steps)
-    return (row / torch.linalg.vector_norm(row)).repeat(weight.shape[0], 1)
+    return (row / torch.linalg.vector_norm(row)).repeat(batch, 1)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 class _SpectralValues(torch.autograd.Function):
+    """Keeps the weights themselves for backward, no copy: between forward and backward nothing of their size is held."""
+
     @staticmethod
-    def forward(weight: Tensor, start: Tensor | None) -> tuple[Tensor, ...]:
-        with torch.autocast(weight.device.type, enabled=False):
-            scaled, scale = _scale_to_one(weight)
-            gram = _finite_gram(scaled, scale)
-            u = torch.linalg.eigh(gram)[1][..., -1:] if start is None else _power_iteration(gram, start)
-            v = scaled.mT @ u
-            sigma = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
-            v = v / _positive(sigma)
-            sigma = sigma[..., 0, 0]
+    def forward(start: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(weights[0].device.type, enabled=False):
+            scaled = _batch(weights)
+            # two plain reductions: the norm of order inf does the same in one, ten times slower on a CPU
+            scale = torch.maximum(scaled.amax((-2, -1)), -scaled.amin((-2, -1))).clamp_min(torch.finfo(scaled.dtype).tiny)
+            fat = _fat(_divide_(scaled, scale))
+            gram = _finite_gram(fat, scale)
+            u = torch.linalg.eigh(gram)[1][..., -1] if start is None else _power_iteration(gram, start)
+            v = (u[:, None, :] @ fat)[:, 0]
+            sigma = torch.linalg.vector_norm(v, dim=-1)
+            v = v / _positive(sigma)[:, None]
             # R is in [1, m] for every matrix but zero; the clamp takes off rounding, and what a lagging iteration adds
-            rank = (_trace(gram) / _positive(sigma).square()).clamp(1, weight.shape[-2])
+            rank = (_trace(gram) / _positive(sigma).square()).clamp(1, fat.shape[-2])
             rank = torch.where(sigma == 0, sigma, rank)
-            return sigma * scale, rank, u[..., 0], v[..., 0], scaled, scale, sigma
+            return sigma * scale, rank, u, v, scale, sigma
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, *weights = inputs
         _, *constants = output
         ctx.mark_non_differentiable(*constants[1:])
-        ctx.save_for_backward(*constants)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*constants, *weights)
 
     @staticmethod
-    def backward(ctx: Any, grad_sigma: Tensor, grad_rank: Tensor, *_: Tensor) -> tuple[Tensor, None]:
-        return _SpectralGradient.apply(grad_sigma, grad_rank, *ctx.saved_tensors), None
+    def backward(ctx: Any, grad_sigma: Tensor | None, grad_rank: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        zero = torch.zeros_like(ctx.saved_tensors[0])
+        grad_sigma, grad_rank = (zero if grad is None else grad for grad in (grad_sigma, grad_rank))
+        return None, *_SpectralGradient.apply(grad_sigma, grad_rank, *ctx.saved_tensors)
 
 
 class _SpectralGradient(torch.autograd.Function):
@@ -86,18 +102,21 @@ class _SpectralGradient(torch.autograd.Function):
         rank: Tensor,
         u: Tensor,
         v: Tensor,
-        scaled: Tensor,
         scale: Tensor,
         sigma: Tensor,
-    ) -> Tensor:
-        with torch.autocast(scaled.device.type, enabled=False):
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        with torch.autocast(u.device.type, enabled=False):
             inverse = torch.where(sigma == 0, sigma, 1 / sigma)
             on_weight = 2 * grad_rank * inverse.square() / scale
-            on_outer = grad_sigma - on_weight * rank * sigma
-            return torch.baddbmm(on_weight[:, None, None] * scaled, (on_outer[:, None] * u)[:, :, None], v[:, None, :])
+            on_outer = (grad_sigma - on_weight * rank * sigma)[:, None]
+            # in place on the copy; in two steps, as the two factors multiplied may leave the range of the dtype
+            grad = _divide_(_batch(weights), scale).mul_(on_weight[:, None, None])
+            _fat(grad).baddbmm_((on_outer * u)[:, :, None], v[:, None, :])
+            return grad.to(weights[0].dtype).view(len(weights), *weights[0].shape).unbind()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         pass
 
     @staticmethod
@@ -108,35 +127,45 @@ class _SpectralGradient(torch.autograd.Function):
         )
 
 
-def _scale_to_one(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide each matrix by its largest entry, so that squares neither overflow nor vanish; return also that entry (B,).
+def _batch(weights: Sequence[Tensor]) -> Tensor:
+    """A copy of all matrices as one batch (B, m, n)."""
+    return at_least_float32(torch.stack(list(weights)).flatten(0, -3))
 
-    After it, sigma >= 1 for every matrix but zero. NaN and inf make the scale, and with it every later value, not finite.
+
+def _divide_(batch: Tensor, scale: Tensor) -> Tensor:
+    """Divide each matrix by its largest entry, so that squares neither overflow nor vanish between 1e-18 and 1e+18.
+
+    Then sigma >= 1 for every matrix but zero. NaN and inf make the scale, and with it every later value, not finite.
     """
-    scale = torch.linalg.vector_norm(weight, ord=float("inf"), dim=(-2, -1))
-    scale = scale.clamp_min(torch.finfo(weight.dtype).tiny)
-    return weight / scale[:, None, None], scale
+    return batch.div_(scale[:, None, None])
 
 
-def _finite_gram(scaled: Tensor, scale: Tensor) -> Tensor:
-    """W W^T (B, m, m), with the identity in place of matrices that are not finite: ``eigh`` raises on those."""
-    identity = torch.eye(scaled.shape[-2], dtype=scaled.dtype, device=scaled.device)
-    return torch.where(scale.isfinite()[:, None, None], scaled @ scaled.mT, identity)
+def _fat(batch: Tensor) -> Tensor:
+    return batch if batch.shape[-2] <= batch.shape[-1] else batch.mT
+
+
+def _finite_gram(fat: Tensor, scale: Tensor) -> Tensor:
+    """W W^T (B, m, m), with zeros in place of matrices that are not finite: ``eigh`` raises on those."""
+    return (fat @ fat.mT).masked_fill_(~scale.isfinite()[:, None, None], 0)
 
 
 def _power_iteration(gram: Tensor, start: Tensor) -> Tensor:
-    """(B, m, m), (B, m) -> (B, m, 1): the start after 2^10 multiplications with the Gram matrix, at unit length."""
-    power = gram
+    """(B, m, m), (B, m) -> (B, m): the start after 2^13 multiplications with the Gram matrix, at unit length."""
+    power = gram / _positive(_trace(gram))[:, None, None]
     for _ in range(_SQUARINGS):
-        power = power / _positive(_trace(power))[:, None, None]
         power = power @ power
-    u = power @ (start + _FIXED_SHARE * fixed_start(gram))[..., None]
-    return u / _positive(torch.linalg.vector_norm(u, dim=-2, keepdim=True))
+        power.div_(_positive(_trace(power))[:, None, None])
+    u = start + _FIXED_SHARE * fixed_start(*start.shape, gram)
+    # twice: where the start holds next to nothing of the top direction, the first product is half rounding
+    for _ in range(2):
+        u = (power @ u[..., None])[..., 0]
+        u = u / _positive(torch.linalg.vector_norm(u, dim=-1, keepdim=True))
+    return u
 
 
 def _positive(norm: Tensor) -> Tensor:
     """Norms that may be divided by: zero becomes one, NaN stays."""
-    return torch.where(norm == 0, 1.0, norm)
+    return norm.masked_fill(norm == 0, 1)
 
 
 def _trace(square: Tensor) -> Tensor:

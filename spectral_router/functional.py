@@ -166,16 +166,14 @@ def expert_sums(probs: Tensor, mask: Tensor | None) -> Tensor:
     return rearrange(probs, "... k -> (...) k").sum(0, dtype=dtype)
 
 
-def as_fat_batch(weight: Tensor) -> Tensor:
-    """`(*, m, n)` of any floating dtype -> `(B, short, long)` in float32 or float64, or a clear error."""
+def check_matrices(weight: Tensor) -> None:
+    """A clear error for what is no `(*, m, n)` of a floating dtype."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor, got {type(weight).__name__}; of a module pass .weight")
     if weight.ndim < 2 or 0 in weight.shape[-2:]:
         raise ValueError(f"weight must hold matrices, shape (*, m, n) with m, n >= 1, got shape {tuple(weight.shape)}")
     if not weight.is_floating_point():
         raise TypeError(f"weight must be floating point, got {weight.dtype}; dequantise or convert it first")
-    weight = at_least_float32(rearrange(weight, "... m n -> (...) m n"))
-    return weight if weight.shape[-2] <= weight.shape[-1] else weight.mT
 
 
 def check_targets(sigma_target: float | Tensor, rank_target: float | None, relative: bool) -> None:
@@ -215,9 +213,6 @@ def deviation(sigma: Tensor, rank: Tensor, sigma_target: float | Tensor, rank_ta
 
 
 def _values(weight: Tensor) -> tuple[Tensor, Tensor]:
-    sigma, rank, _ = spectral_values(as_fat_batch(weight))
+    check_matrices(weight)
+    sigma, rank, _ = spectral_values([weight])
     return sigma.reshape(weight.shape[:-2]), rank.reshape(weight.shape[:-2])
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

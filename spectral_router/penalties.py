@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor, nn
 
 from . import functional
-from ._spectrum import fixed_start, spectral_values
+from ._spectrum import at_least_float32, fixed_start, spectral_values
 
 __all__ = ["SpectralRankPenalty"]
 
@@ -37,10 +38,10 @@ class SpectralRankPenalty(nn.Module):
         center: subtract the mean row first. Routing by distance does not change when all inputs and prototypes move
             together, while R(W) does; the centred optimum is a simplex (cosines -1/(K-1)) instead of an orthogonal set.
             The mean itself is then free to drift.
-        solver: "exact" (`eigh` of the Gram matrix); or "power": 2^10 power iterations on the Gram matrix by repeated
+        solver: "exact" (`eigh` of the Gram matrix); or "power": 2^13 power iterations on the Gram matrix by repeated
             squaring, started where the last call ended: matmuls only, no host synchronisation, for training that is
-            captured in a CUDA graph, or with very many experts. Where singular values crowd at the top, closer than about
-            a thousandth, σ may read low by up to a thousandth and R high by twice as much: near the optimum, where the
+            captured in a CUDA graph, or with very many experts. Where singular values crowd at the top, closer than
+            about 3e-4 of σ, σ may read low by up to as much and R high by twice as much: near the optimum, where the
             penalty is small, that is a visible share of its value. The iterates are buffers that move and copy with the
             module and stay out of `state_dict`; they advance in training mode only.
 
@@ -100,33 +101,35 @@ class SpectralRankPenalty(nn.Module):
     def _terms(self, weights: list[Tensor]) -> tuple[list[Tensor], list[list[int]]]:
         """For each group of matrices of equal shape: their penalties, and their positions."""
         groups, positions = _by_shape(weights)
-        rank_targets = [functional.resolve_rank_target(self.rank_target, batch, centered=self.center) for batch in groups]
+        for group in groups:
+            functional.check_matrices(group[0])
+        rank_targets = [functional.resolve_rank_target(self.rank_target, group[0], centered=self.center) for group in groups]
         self._remember(groups)
         terms, first = [], 0
-        for index, (batch, rank_target) in enumerate(zip(groups, rank_targets, strict=True)):
-            last = first + len(batch)
-            terms.append(self._group_penalty(batch, rank_target, index, slice(first, last)))
+        for index, (group, rank_target) in enumerate(zip(groups, rank_targets, strict=True)):
+            last = first + _count(group)
+            terms.append(self._group_penalty(group, rank_target, index, slice(first, last)))
             first = last
         return terms, positions
 
-    def _group_penalty(self, batch: Tensor, rank_target: float, index: int, members: slice) -> Tensor:
+    def _group_penalty(self, group: list[Tensor], rank_target: float, index: int, members: slice) -> Tensor:
         if self.center:
-            batch = functional.at_least_float32(batch)
-            batch = batch - reduce(batch, "b k d -> b 1 d", "mean")
-        fat = functional.as_fat_batch(batch)
+            batch = at_least_float32(torch.stack(group))
+            group = [batch - reduce(batch, "... k d -> ... 1 d", "mean")]
         if self.solver == "exact":
-            sigma, rank, _ = spectral_values(fat)
+            sigma, rank, _ = spectral_values(group)
         else:
-            sigma, rank = self._power_values(fat, f"iterate_{index}")
+            sigma, rank = self._power_values(group, f"iterate_{index}")
         return functional.deviation(sigma, rank, self._sigma_target(sigma, members), rank_target, self.relative)
 
-    def _power_values(self, fat: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    def _power_values(self, group: list[Tensor], name: str) -> tuple[Tensor, Tensor]:
         iterate = getattr(self, name, None)
+        like = at_least_float32(group[0].new_empty(0))
         if iterate is None:
-            iterate = fixed_start(fat)
+            iterate = fixed_start(_count(group), min(group[0].shape[-2:]), like)
             if not _in_inference_mode():
                 self.register_buffer(name, iterate, persistent=False)
-        sigma, rank, u = spectral_values(fat, iterate.to(fat))
+        sigma, rank, u = spectral_values(group, iterate.to(like))
         if self.training and torch.is_grad_enabled():
             iterate.copy_(u)
         return sigma, rank
@@ -143,23 +146,23 @@ class SpectralRankPenalty(nn.Module):
         self.anchor[members].copy_(anchor)
         return anchor
 
-    def _remember(self, groups: list[Tensor]) -> None:
+    def _remember(self, groups: list[list[Tensor]]) -> None:
         """On the first call make room for what is kept for each matrix; later calls must bring the same matrices."""
         if self.sigma_target != "initial" and self.solver != "power":
             return
-        shapes = [tuple(batch.shape) for batch in groups]
+        shapes = [(_count(group), *group[0].shape[-2:]) for group in groups]
         known = getattr(self, "_shapes", shapes)
         if known != shapes:
             raise ValueError(
                 f'with sigma_target="initial" or solver="power" every call must bring the matrices of the first call, shapes '
                 f"{known}, got {shapes}; use one SpectralRankPenalty for each model"
             )
-        count = sum(len(batch) for batch in groups)
+        count = sum(_count(group) for group in groups)
         if _in_inference_mode() and not hasattr(self, "_shapes"):
             return
         if self.sigma_target == "initial" and self.anchor is None:
-            dtype = torch.float64 if any(batch.dtype == torch.float64 for batch in groups) else torch.float32
-            self.anchor = torch.full((count,), float("nan"), dtype=dtype, device=groups[0].device)
+            dtype = torch.float64 if any(group[0].dtype == torch.float64 for group in groups) else torch.float32
+            self.anchor = torch.full((count,), float("nan"), dtype=dtype, device=groups[0][0].device)
         elif self.anchor is not None and len(self.anchor) != count:
             raise ValueError(f"the loaded state holds anchors of {len(self.anchor)} matrices, got {count} matrices")
         self._shapes = shapes
@@ -193,8 +196,8 @@ def _in_inference_mode() -> bool:
     return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
-def _by_shape(weights: list[Tensor]) -> tuple[list[Tensor], list[list[int]]]:
-    """One batch (B, K, d) for each distinct shape, dtype and device, in the order of first appearance, and the positions."""
+def _by_shape(weights: list[Tensor]) -> tuple[list[list[Tensor]], list[list[int]]]:
+    """Matrices of one shape, dtype and device together, in the order of first appearance, and their positions."""
     groups: dict[tuple[Any, ...], list[Tensor]] = {}
     positions: dict[tuple[Any, ...], list[int]] = {}
     for position, weight in enumerate(weights):
@@ -207,8 +210,9 @@ def _by_shape(weights: list[Tensor]) -> tuple[list[Tensor], list[list[int]]]:
         positions.setdefault(kind, []).append(position)
     if not groups:
         raise ValueError("weights must hold at least one matrix, got none")
-    batches = [
-        rearrange(group, "g ... k d -> (g ...) k d") if len(group) > 1 else rearrange(group[0], "... k d -> (...) k d")
-        for group in groups.values()
-    ]
-    return batches, list(positions.values())
+    return list(groups.values()), list(positions.values())
+
+
+def _count(group: list[Tensor]) -> int:
+    """How many matrices a group of tensors (*, K, d) of one shape holds."""
+    return len(group) * math.prod(group[0].shape[:-2])

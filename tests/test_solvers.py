@@ -53,7 +53,7 @@ def test_power_follows_weights_in_training() -> None:
         optimizer.zero_grad()
         value = exact(weights)
         # the root of the relative penalty is a distance from the targets, in which errors of sigma and R add up as they are
-        assert power(weights).sqrt().item() == pytest.approx(value.sqrt().item(), abs=1e-2)
+        assert power(weights).sqrt().item() == pytest.approx(value.sqrt().item(), abs=1e-3)
         value.backward()
         optimizer.step()
 
@@ -76,7 +76,7 @@ def test_training_with_either_solver_follows_the_same_path() -> None:
         paths.append(path)
     exact, power = paths
     assert exact[-1] < 0.8 * exact[0]  # far enough to tell
-    assert power == pytest.approx(exact, rel=0.1)
+    assert power == pytest.approx(exact, rel=0.01)
 
 
 @pytest.mark.parametrize("solver", ["exact", "power"])
@@ -92,14 +92,12 @@ def test_training_ends_at_orthogonal_rows(solver: str, rows: int, columns: int) 
         penalty(weights).backward()
         optimizer.step()
         schedule.step()
-    # at the optimum all singular values are equal, and power iterations cannot tell apart what differs by a thousandth
-    close = {"abs": 1e-2} if solver == "exact" else {"rel": 1e-2}
     for weight in weights:
-        assert stable_rank(weight).item() == pytest.approx(min(rows, columns), **close)
-        assert spectral_norm(weight).item() == pytest.approx(1, **close)
+        assert stable_rank(weight).item() == pytest.approx(min(rows, columns), abs=1e-2)
+        assert spectral_norm(weight).item() == pytest.approx(1, abs=1e-2)
 
 
-def test_one_iteration_a_step_lets_the_penalty_rise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_iterations_a_step_let_the_penalty_rise(monkeypatch: pytest.MonkeyPatch) -> None:
     # why the power solver makes so many iterations; the numbers of docs/numerics.md
     def trained() -> tuple[float, float]:
         torch.manual_seed(0)
@@ -114,7 +112,7 @@ def test_one_iteration_a_step_lets_the_penalty_rise(monkeypatch: pytest.MonkeyPa
         return before, judge(weights).item()
 
     before, after = trained()
-    assert after < 0.02 * before
+    assert after < 1e-3 * before
     monkeypatch.setattr("spectral_router._spectrum._SQUARINGS", 0)
     before, after = trained()
     assert after > before
@@ -234,7 +232,7 @@ def count(options: dict[str, object], weights: list[nn.Parameter], *, warm: bool
 
 @OPTIONS
 @pytest.mark.parametrize("warm", [False, True], ids=["first call", "later call"])
-@pytest.mark.parametrize("shapes", [[(4, 16)], [(4, 16), (8, 32)]], ids=["one shape", "two shapes"])
+@pytest.mark.parametrize("shapes", [[(4, 16)], [(16, 4)], [(4, 16), (8, 32)]], ids=["fat", "tall", "two shapes"])
 def test_operations_do_not_grow_with_the_number_of_gates(options, warm: bool, shapes) -> None:
     few, many = (count(options, gates(*(shapes * n)), warm=warm) for n in (2, 64))
     # the rest is autograd's: to hand the gradient of a stack to its parts it takes a view (select, unbind before) of each
@@ -242,15 +240,6 @@ def test_operations_do_not_grow_with_the_number_of_gates(options, warm: bool, sh
     growth = {name: many[name] - few[name] for name in many | few if many[name] != few[name]}
     assert growth.keys() <= {"select", "unbind", "detach"}
     assert max(growth.values()) in (62 * len(shapes), 2 * 62 * len(shapes))  # torch 2.9 detaches twice
-
-
-@OPTIONS
-def test_tall_gates_add_only_the_copy_into_their_own_layout(options) -> None:
-    # more experts than dimensions: the gradient comes out transposed, and .grad gets the layout of its parameter
-    few, many = (count(options, gates(*[(16, 4)] * n)) for n in (2, 64))
-    growth = {name: many[name] - few[name] for name in many | few if many[name] != few[name]}
-    assert growth.keys() <= {"select", "unbind", "detach", "new_empty_strided", "copy_", "clone"}
-    assert max(growth.values()) == 62
 
 
 SYNCHRONISING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "unique"}

@@ -1,0 +1,89 @@
+"""What SpectralRankPenalty takes in memory: passes over large tensors are what it costs."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spectral_router import SpectralRankPenalty
+from spectral_router.functional import stable_rank
+
+SOLVERS = pytest.mark.parametrize("solver", ["exact", "power"])
+SHAPES = pytest.mark.parametrize("shape", [(4, 64), (64, 4)], ids=["fat", "tall"])
+
+
+class LargeResults(TorchDispatchMode):
+    """Names of the operations that take new memory of at least some size."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least = least
+        self.seen: list[str] = []
+        self.known: list[Tensor] = []  # alive, so that no address is given twice
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes() >= self.least:
+                inputs = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+                if all(tensor.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr() for leaf in inputs):
+                    self.seen.append(func.overloadpacket._qualified_op_name.removeprefix("aten::"))
+                self.known.append(tensor)
+        return result
+
+
+@SOLVERS
+@SHAPES
+def test_new_memory_of_the_size_of_the_weights_is_taken_twice(solver: str, shape: tuple[int, int]) -> None:
+    weights = [nn.Parameter(torch.randn(shape)) for _ in range(8)]
+    penalty = SpectralRankPenalty(solver=solver)
+    penalty(weights).backward()
+    for weight in weights:
+        weight.grad = None
+    size = sum(weight.nbytes for weight in weights)
+    with LargeResults(size) as forward:
+        value = penalty(weights)
+    with LargeResults(size) as backward:
+        value.backward()
+    # a batch of all in forward, the gradient in backward
+    assert forward.seen in (["stack"], ["cat"])
+    assert backward.seen in (["stack"], ["cat"])
+
+
+@SOLVERS
+@SHAPES
+def test_nothing_of_the_size_of_a_weight_is_kept_for_backward(solver: str, shape: tuple[int, int]) -> None:
+    weights = [nn.Parameter(torch.randn(shape)) for _ in range(64)]
+    saved: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        value = SpectralRankPenalty(solver=solver)(weights)
+    known = {weight.data_ptr() for weight in weights}
+    # u and v of each gate, (4,) and (64,), is what remains, and a few numbers
+    assert sum(tensor.nbytes for tensor in saved if tensor.data_ptr() not in known) < 64 * 4 * (4 + 64 + 12)
+    value.backward()
+
+
+@SHAPES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_that_is_kept_gives_the_same_gradient_again(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    # the gradient is made in place, in memory that is new each time
+    weight = torch.randn(3, *shape, dtype=dtype).requires_grad_()
+    value = stable_rank(weight).sum()
+    first, second = (torch.autograd.grad(value, weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.dtype == dtype
+    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+
+
+def test_weights_changed_between_forward_and_backward_are_refused() -> None:
+    weight = nn.Parameter(torch.randn(4, 8))
+    value = SpectralRankPenalty()([weight])
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,10 +57,7 @@ def machine() -> dict[str, str]:
 
 
 def interleave(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call. The contenders take turns, each round in another order, so that drift of the machine hits all alike.
-
-    On a GPU the time is between two events on the stream, so that it holds the device's work and not the wait for it.
-    """
+    """Seconds of each call. The contenders take turns, each round in another order: drift of the machine hits all alike."""
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
@@ -72,18 +70,37 @@ def interleave(contenders: Mapping[str, Callable[[], object]], repeats: int) -> 
     return seconds
 
 
+class Clock:
+    """Marks between the parts of a call: wall time on a CPU, events on the stream of a GPU."""
+
+    def __init__(self) -> None:
+        self.cuda = device().type == "cuda"
+        self.marks: list[Any] = []
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.mark()
+
+    def mark(self) -> None:
+        if self.cuda:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Of each part, from one mark to the next."""
+        pairs = itertools.pairwise(self.marks)
+        if self.cuda:
+            torch.cuda.synchronize()
+            return [before.elapsed_time(after) / 1e3 for before, after in pairs]
+        return [after - before for before, after in pairs]
+
+
 def _timed(call: Callable[[], object]) -> float:
-    if device().type == "cuda":
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        before.record()
-        call()
-        after.record()
-        torch.cuda.synchronize()
-        return before.elapsed_time(after) / 1e3
-    before_call = time.perf_counter()
+    clock = Clock()
     call()
-    return time.perf_counter() - before_call
+    clock.mark()
+    return clock.seconds()[0]
 
 
 def ratio(seconds: Mapping[str, Sequence[float]], name: str, base: str) -> tuple[float, float, float]:
@@ -155,14 +172,29 @@ def parser(module: str, description: str | None, repeats: int) -> argparse.Argum
     return found
 
 
-def publish(reports: Sequence[Report], json_file: Path | None = None) -> None:
-    """Print the tables, and write the file as a whole or not at all."""
+def header() -> str:
+    return " · ".join(f"{key} {value}" for key, value in machine().items()) + "\n"
+
+
+def show(reports: Sequence[Report]) -> None:
     progress("")
-    print(" · ".join(f"{key} {value}" for key, value in machine().items()), end="\n\n")
     for report in reports:
         print(report.markdown(), flush=True)
-    if json_file is not None:
-        record = {"machine": machine(), "reports": [asdict(report) for report in reports]}
-        partial = json_file.with_name(json_file.name + ".part")
-        partial.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-        os.replace(partial, json_file)
+
+
+def save(reports: Sequence[Report], json_file: Path | None = None, markdown_file: Path | None = None) -> None:
+    """Each file as a whole or not at all."""
+    record = {"machine": machine(), "reports": [asdict(report) for report in reports]}
+    tables = "\n".join([header(), *(report.markdown() for report in reports)])
+    for file, text in ((json_file, json.dumps(record, indent=1, ensure_ascii=False)), (markdown_file, tables)):
+        if file is not None:
+            partial = file.with_name(file.name + ".part")
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, file)
+
+
+def publish(reports: Sequence[Report], json_file: Path | None = None) -> None:
+    """What one benchmark run by itself ends with."""
+    print(header())
+    show(reports)
+    save(reports, json_file)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spectral_router import SpectralRankPenalty
 
-from ._harness import Report, device, interleave, parser, peak_bytes, progress, publish, ratio, show_ms, show_ratio
+from ._harness import Report, device, interleave, parser, peak_bytes, progress, publish, show_ms, show_ratio
 
 # name: gates, experts, dim of the real model; gates measured (fewer where the literal formula would take minutes)
 MODELS = {
@@ -36,7 +36,7 @@ def literal(weights: Sequence[nn.Parameter], norm: Callable[[Tensor], Tensor]) -
         sigma = norm(weight)
         rank = weight.square().sum() / sigma.square()
         total = total + ((sigma - 1).square() + (rank / len(weight) - 1).square())
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
 
 
 def ours(weights: Sequence[nn.Parameter], penalty: SpectralRankPenalty) -> None:
@@ -58,7 +58,7 @@ def limit(stacked: Tensor, gradient: Tensor) -> None:
 
 
 def limit_fresh(stacked: Tensor) -> None:
-    """The same with new memory for the gradient, which is what autograd hands out. On a CPU the pages cost more than the write."""
+    """The same with new memory for the gradient, as autograd hands it out: on a CPU new pages cost more than the write."""
     stacked.sum()
     stacked.sum()
     torch.full_like(stacked, 1.0)
@@ -69,11 +69,32 @@ def gates(count: int, experts: int, dim: int) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(experts, dim, device=device()) * dim**-0.5) for _ in range(count)]
 
 
+def solvers(weights: Sequence[nn.Parameter]) -> dict[str, Callable[[], object]]:
+    """One training step's penalty by each solver; the power solver starts where its last call ended."""
+    exact, power = SpectralRankPenalty(relative=True), SpectralRankPenalty(relative=True, solver="power")
+    return {
+        "exact": partial(fresh, weights, partial(ours, penalty=exact)),
+        "power": partial(fresh, weights, partial(ours, penalty=power)),
+    }
+
+
+def peak(weights: Sequence[nn.Parameter], call: Callable[[], object]) -> str:
+    """The most that forward and backward hold at once, gradient included, in units of the weights."""
+    call()
+    for weight in weights:
+        weight.grad = None
+    return f"{peak_bytes(call) / sum(weight.nbytes for weight in weights):.2f}"
+
+
 def measure(repeats: int, quick: bool) -> list[Report]:
     speed = Report(
-        "Penalty, forward + backward",
-        ["gates", "literal, ms", "svdvals, ms", "exact, ms", "power, ms", "literal / exact", "svdvals / exact",
-         "exact / limit", "power / limit", "exact / limit, new memory", "power / limit, new memory", "extra memory / weights, exact", "power"],
+        "Penalty over all gates, forward + backward, against the formula as printed",
+        ["gates", "literal, ms", "svdvals, ms", "exact, ms", "power, ms", "literal / exact", "literal / power"],
+    )
+    bound = Report(
+        "Penalty against the memory limit",
+        ["gates", "limit, ms", "exact / limit", "power / limit", "limit with new memory, ms", "exact / that", "power / that",
+         "peak memory / weights: exact", "power", "literal"],
     )  # fmt: skip
     for name, (layers, experts, dim, count) in MODELS.items():
         progress(name)
@@ -81,53 +102,34 @@ def measure(repeats: int, quick: bool) -> list[Report]:
             experts, dim, count = min(experts, 16), 64, 3
         weights = gates(count, experts, dim)
         stacked = torch.stack([weight.detach() for weight in weights])
-        penalties = {
-            solver: SpectralRankPenalty(relative=True, solver=solver)  # type: ignore[arg-type]
-            for solver in ("exact", "power")
-        }
-        quickly: dict[str, Callable[[], object]] = {
-            solver: partial(fresh, weights, partial(ours, penalty=penalty)) for solver, penalty in penalties.items()
-        }
-        quickly |= {
-            "limit": partial(limit, stacked, torch.empty_like(stacked)),
-            "limit, new memory": partial(limit_fresh, stacked),
-        }
-        slowly: dict[str, Callable[[], object]] = {
-            "exact": quickly["exact"],
-            "literal": partial(fresh, weights, partial(literal, norm=lambda w: torch.linalg.matrix_norm(w, 2))),
-            "svdvals": partial(fresh, weights, partial(literal, norm=lambda w: torch.linalg.svdvals(w)[0])),
-        }
-        seconds = interleave(quickly, repeats)
+        plain: Callable[[], object] = partial(fresh, weights, partial(literal, norm=lambda w: torch.linalg.matrix_norm(w, 2)))
+        values: Callable[[], object] = partial(fresh, weights, partial(literal, norm=lambda w: torch.linalg.svdvals(w)[0]))
         # the literal formula takes seconds at the largest shapes; there its spread is small, too
-        rounds = repeats if statistics.median(interleave({"literal": slowly["literal"]}, 1)["literal"]) < 0.2 else 3
-        against = interleave(slowly, min(rounds, repeats))
-        size = stacked.numel() * stacked.element_size()
-        extra = {solver: peak_bytes(quickly[solver]) - size for solver in penalties}
-        speed.raw[name] = {**{f"literal round: {key}": value for key, value in against.items()}, **seconds}
-        of = "" if count == layers else f" of {layers}"
+        rounds = min(repeats, 3 if experts >= 128 else repeats)
+        against = interleave({"literal": plain, "svdvals": values, **solvers(weights)}, rounds)
+        limits: dict[str, Callable[[], object]] = {
+            "limit": partial(limit, stacked, torch.empty_like(stacked)),
+            "new": partial(limit_fresh, stacked),
+        }
+        seconds = interleave({**solvers(weights), **limits}, repeats)
+        label = f"{name}, {count}{'' if count == layers else f' of {layers}'} x ({experts}, {dim})"
+        speed.raw[label], bound.raw[label] = against, seconds
         speed.rows.append(
-            [f"{name}, {count}{of} x ({experts}, {dim})"]
-            + [show_ms(part) for part in (against["literal"], against["svdvals"], seconds["exact"], seconds["power"])]
-            + [show_ratio(against, "literal", "exact", 1), show_ratio(against, "svdvals", "exact", 1)]
-            + [show_ratio(seconds, solver, base, 1) for base in ("limit", "limit, new memory") for solver in penalties]
-            + [f"{extra[solver] / size:.2f}" for solver in penalties]
+            [label, *(show_ms(against[key]) for key in ("literal", "svdvals", "exact", "power"))]
+            + [show_ratio(against, "literal", solver, 1) for solver in ("exact", "power")]
         )
-    growth = Report(
-        "Penalty, cost in the number of gates",
-        ["gates of (64, 2048)", "exact, ms", "power, ms", "exact, ms a gate", "power, ms a gate"],
-    )
+        bound.rows.append(
+            [label, show_ms(seconds["limit"]), *(show_ratio(seconds, solver, "limit", 1) for solver in ("exact", "power"))]
+            + [show_ms(seconds["new"]), *(show_ratio(seconds, solver, "new", 1) for solver in ("exact", "power"))]
+            + [peak(weights, call) for call in [*solvers(weights).values(), plain]]
+        )
+    growth = Report("Penalty, cost in the number of gates", ["gates of (64, 2048)", "exact, ms a gate", "power, ms a gate"])
     for count in (2, 4) if quick else (2, 8, 32, 128):
         progress(f"{count} gates")
-        weights = gates(count, 64, 256 if quick else 2048)
-        calls: dict[str, Callable[[], object]] = {
-            solver: partial(fresh, weights, partial(ours, penalty=SpectralRankPenalty(relative=True, solver=solver)))  # type: ignore[arg-type]
-            for solver in ("exact", "power")
-        }
-        seconds = interleave(calls, repeats)
+        seconds = interleave(solvers(gates(count, 64, 256 if quick else 2048)), repeats)
         growth.raw[str(count)] = seconds
-        cost = [statistics.median(seconds[solver]) * 1e3 for solver in calls]
-        growth.rows.append([str(count), *(f"{ms:.2f}" for ms in cost), *(f"{ms / count:.3f}" for ms in cost)])
-    return [speed, growth]
+        growth.rows.append([str(count), *(f"{statistics.median(times) * 1e3 / count:.3f}" for times in seconds.values())])
+    return [speed, bound, growth]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

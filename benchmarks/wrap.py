@@ -7,34 +7,20 @@ Steps with and without the hooks alternate in one process, on one model, so that
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import platform
-import statistics
-import sys
-import time
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from spectral_router import SpectralRankPenalty, wrap_moe
 
-WARM_UP = 2
+from ._harness import WARM_UP, Clock, Report, device, parser, peak_bytes, progress, publish, show_ms, show_ratio
 
-
-@dataclass(frozen=True)
-class Step:
-    """Seconds of the parts of one training step."""
-
-    forward: float
-    backward: float
-    total: float
+PARTS = ("forward", "backward", "step")
 
 
 def build(layers: int, dim: int, hidden: int, experts: int) -> nn.Module:
@@ -55,31 +41,9 @@ def build(layers: int, dim: int, hidden: int, experts: int) -> nn.Module:
     return model
 
 
-class Clock:
-    """Wall time on the CPU, events on a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.marks: list[float | torch.cuda.Event] = []
-
-    def mark(self) -> None:
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
-        else:
-            self.marks.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        if self.cuda:
-            torch.cuda.synchronize()
-            return [a.elapsed_time(b) / 1e3 for a, b in zip(self.marks, self.marks[1:], strict=False)]  # type: ignore
-        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]  # type: ignore
-
-
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> tuple[float, float, float]:
-    clock = Clock(ids.device)
-    clock.mark()
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> dict[str, float]:
+    """Seconds of forward, of backward, and of the whole step."""
+    clock = Clock()
     loss = model(input_ids=ids, labels=ids).loss
     clock.mark()
     loss.backward()
@@ -88,7 +52,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) 
     optimizer.zero_grad()
     clock.mark()
     forward, backward, update = clock.seconds()
-    return forward, backward, forward + backward + update
+    return {"forward": forward, "backward": backward, "step": forward + backward + update}
 
 
 def saved_bytes(model: nn.Module, ids: Tensor) -> int:
@@ -115,82 +79,70 @@ def live_tensors() -> int:
         return sum(isinstance(thing, Tensor) for thing in gc.get_objects())
 
 
-def measure(model: nn.Module, ids: Tensor, repeats: int) -> dict[str, list[Step]]:
-    """Seconds of alternating steps."""
+def times(model: nn.Module, ids: Tensor, repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds by part of alternating steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     penalty = SpectralRankPenalty("initial", relative=True)  # the default, one for the whole run as in training
-    steps: dict[str, list[Step]] = {"unwrapped": [], "wrapped": []}
+    seconds: dict[str, dict[str, list[float]]] = {part: {"unwrapped": [], "wrapped": []} for part in PARTS}
     for repeat in range(-WARM_UP, repeats):
-        for name in sorted(steps, reverse=bool(repeat % 2)):  # in turns first and second
+        progress(f"wrap: {repeat + 1} of {repeats}")
+        for name in sorted(("unwrapped", "wrapped"), reverse=bool(repeat % 2)):  # in turns first and second
             with wrap_moe(model, penalty=penalty) if name == "wrapped" else nullcontext():
-                step = Step(*train_step(model, optimizer, ids))
+                step = train_step(model, optimizer, ids)
             if repeat >= 0:
-                steps[name].append(step)
-        if sys.stderr.isatty():
-            print(f"\r{repeat + 1}/{repeats} ", end="", file=sys.stderr, flush=True)
-    return steps
+                for part in PARTS:
+                    seconds[part][name].append(step[part])
+    return seconds
 
 
-def memory(model: nn.Module, ids: Tensor) -> dict[str, int]:
-    """Bytes saved for backward, and tensors that stay alive from one wrapped step to the next."""
+def memory(model: nn.Module, ids: Tensor) -> dict[str, dict[str, list[float]]]:
+    """Bytes saved for backward, the peak of a step, and the tensors that a step leaves alive."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-    with wrap_moe(model):
-        train_step(model, optimizer, ids)
-        before = live_tensors()
-        train_step(model, optimizer, ids)
-        growth = live_tensors() - before
-    plain = saved_bytes(model, ids)
-    with wrap_moe(model):
-        return {"saved unwrapped": plain, "saved wrapped": saved_bytes(model, ids), "growth": growth}
+    step = partial(train_step, model, optimizer, ids)
+    held: dict[str, dict[str, list[float]]] = {part: {} for part in ("saved for backward", "peak", "tensors left")}
+    for name in ("unwrapped", "wrapped"):
+        with wrap_moe(model) if name == "wrapped" else nullcontext():
+            step()
+            before = live_tensors()
+            step()
+            held["tensors left"][name] = [live_tensors() - before]
+            held["saved for backward"][name] = [saved_bytes(model, ids)]
+            held["peak"][name] = [peak_bytes(step)]
+    return held
 
 
-def ratio(steps: dict[str, list[Step]], part: str) -> tuple[float, float, float]:
-    """Median and quartiles of wrapped / unwrapped over pairs of neighbouring steps."""
-    pairs = zip(steps["wrapped"], steps["unwrapped"], strict=True)
-    low, middle, high = statistics.quantiles([getattr(a, part) / getattr(b, part) for a, b in pairs], n=4)
-    return middle, low, high
-
-
-def table(steps: dict[str, list[Step]], held: dict[str, int]) -> str:
-    lines = ["| part | unwrapped, ms | wrapped / unwrapped | quartiles |", "|---|---|---|---|"]
-    for part in ("forward", "backward", "total"):
-        middle, low, high = ratio(steps, part)
-        base = statistics.median(getattr(step, part) for step in steps["unwrapped"]) * 1e3
-        lines.append(f"| {part} | {base:.1f} | {middle:.3f} | {low:.3f} - {high:.3f} |")
-    saved = held["saved wrapped"] / held["saved unwrapped"]
-    lines.append(f"| saved for backward | {held['saved unwrapped'] / 2**20:.1f} MiB | {saved:.3f} | |")
-    lines.append(f"| tensors more alive after each step | 0 | {held['growth']:+d} | |")
-    return "\n".join(lines)
+def measure(
+    repeats: int, quick: bool, *, layers: int = 16, dim: int = 256, hidden: int = 512, tokens: int = 512
+) -> list[Report]:
+    if quick:
+        layers, dim, hidden, tokens = 2, 32, 32, 128
+    model = build(layers, dim, hidden, experts=8).to(device())
+    ids = torch.randint(1024, (max(1, tokens // 128), 128), device=device())
+    report = Report(
+        f"wrap_moe on a Mixtral-like model of {layers} layers, dim {dim}, {tokens} tokens",
+        ["part", "unwrapped", "wrapped / unwrapped"],
+    )
+    report.raw = {**times(model, ids, repeats), **memory(model, ids)}
+    for part in PARTS:
+        report.rows.append(
+            [part, f"{show_ms(report.raw[part]['unwrapped'])} ms", show_ratio(report.raw[part], "wrapped", "unwrapped", 3)]
+        )
+    for part in ("saved for backward", "peak"):
+        plain, wrapped = (report.raw[part][name][0] for name in ("unwrapped", "wrapped"))
+        report.rows.append([part, f"{plain / 2**20:.1f} MiB", f"{wrapped / plain:.3f}"])
+    left = report.raw["tensors left"]
+    report.rows.append(["tensors left alive by a step", f"{left['unwrapped'][0]:+.0f}", f"{left['wrapped'][0]:+.0f}"])
+    return [report]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.wrap", description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--dim", type=int, default=256, help="hidden size (default 256)")
-    parser.add_argument("--hidden", type=int, default=512, help="width of an expert (default 512)")
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=512, help="per step, in rows of 128 (default 512)")
-    parser.add_argument("--repeats", type=int, default=30, help="pairs of steps (default 30)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every measurement there")
-    arguments = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build(arguments.layers, arguments.dim, arguments.hidden, arguments.experts).to(device)
-    ids = torch.randint(1024, (max(1, arguments.tokens // 128), 128), device=device)
-    steps = measure(model, ids, arguments.repeats)
-    name: str = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    print(f"torch {torch.__version__}, {name}; {arguments.layers} layers, {arguments.repeats} pairs of steps\n")
-    held = memory(model, ids)
-    print(table(steps, held))
-    if arguments.json:
-        record: dict[str, object] = {
-            "torch": torch.__version__,
-            "device": name,
-            "arguments": {**vars(arguments), "json": str(arguments.json)},
-        }
-        record |= {"memory": held, "steps": {name: [asdict(step) for step in group] for name, group in steps.items()}}
-        arguments.json.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    flags = parser("wrap", __doc__, repeats=30)
+    flags.add_argument("--layers", type=int, default=16, help="(default 16)")
+    flags.add_argument("--dim", type=int, default=256, help="hidden size (default 256)")
+    flags.add_argument("--hidden", type=int, default=512, help="width of an expert (default 512)")
+    flags.add_argument("--tokens", type=int, default=512, help="per step, in rows of 128 (default 512)")
+    got = flags.parse_args(argv)
+    publish(measure(got.repeats, got.quick, layers=got.layers, dim=got.dim, hidden=got.hidden, tokens=got.tokens), got.json)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ values (a subgradient, u v^T of one of them), at rank one, and at the zero matri
 Shapes: B matrices, m rows, n columns. Of a matrix that is taller than wide all is done with its transpose.
 
 Time goes into memory, so passes over the weights are few and in place, and new memory of their size is taken once in
-forward (a batch of all, dropped at the end) and once in backward (the gradient). benchmarks/penalty.py measures it.
+forward (the batch of all, kept for backward) and once in backward (the gradient). benchmarks/penalty.py measures it.
 """
 
 from __future__ import annotations
@@ -58,38 +58,39 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 class _SpectralValues(torch.autograd.Function):
-    """Keeps the weights themselves for backward, no copy: between forward and backward nothing of their size is held."""
+    """Keeps its own copy of the weights for backward: sharded training may free the weights themselves before that."""
 
     @staticmethod
     def forward(start: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(weights[0].device.type, enabled=False):
-            scaled = _batch(weights)
-            # two plain reductions: the norm of order inf does the same in one, ten times slower on a CPU
-            scale = torch.maximum(scaled.amax((-2, -1)), -scaled.amin((-2, -1))).clamp_min(torch.finfo(scaled.dtype).tiny)
-            fat = _fat(_divide_(scaled, scale))
+            scaled, scale = _scaled_copy(weights)
+            fat = _fat(scaled)
             gram = _finite_gram(fat, scale)
-            u = torch.linalg.eigh(gram)[1][..., -1] if start is None else _power_iteration(gram, start)
+            u = _top_eigenvector(gram) if start is None else _power_iteration(gram, start)
             v = (u[:, None, :] @ fat)[:, 0]
             sigma = torch.linalg.vector_norm(v, dim=-1)
             v = v / _positive(sigma)[:, None]
             # R is in [1, m] for every matrix but zero; the clamp takes off rounding, and what a lagging iteration adds
             rank = (_trace(gram) / _positive(sigma).square()).clamp(1, fat.shape[-2])
             rank = torch.where(sigma == 0, sigma, rank)
-            return sigma * scale, rank, u, v, scale, sigma
+            return sigma * scale, rank, u, v, scaled, scale, sigma
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, *weights = inputs
         _, *constants = output
         ctx.mark_non_differentiable(*constants[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*constants, *weights)
+        ctx.set_materialize_grads(False)  # else zeros of the size of the weights, as the gradient of a constant
+        ctx.save_for_backward(*constants)
+        ctx.like = len(weights), weights[0].shape, weights[0].dtype
 
     @staticmethod
     def backward(ctx: Any, grad_sigma: Tensor | None, grad_rank: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        count, shape, dtype = ctx.like
         zero = torch.zeros_like(ctx.saved_tensors[0])
         grad_sigma, grad_rank = (zero if grad is None else grad for grad in (grad_sigma, grad_rank))
-        return None, *_SpectralGradient.apply(grad_sigma, grad_rank, *ctx.saved_tensors)
+        grad = _SpectralGradient.apply(grad_sigma, grad_rank, *ctx.saved_tensors)
+        return None, *grad.to(dtype).view(count, *shape).unbind()
 
 
 class _SpectralGradient(torch.autograd.Function):
@@ -102,21 +103,20 @@ class _SpectralGradient(torch.autograd.Function):
         rank: Tensor,
         u: Tensor,
         v: Tensor,
+        scaled: Tensor,
         scale: Tensor,
         sigma: Tensor,
-        *weights: Tensor,
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor:
         with torch.autocast(u.device.type, enabled=False):
             inverse = torch.where(sigma == 0, sigma, 1 / sigma)
             on_weight = 2 * grad_rank * inverse.square() / scale
             on_outer = (grad_sigma - on_weight * rank * sigma)[:, None]
-            # in place on the copy; in two steps, as the two factors multiplied may leave the range of the dtype
-            grad = _divide_(_batch(weights), scale).mul_(on_weight[:, None, None])
+            grad = on_weight[:, None, None] * scaled
             _fat(grad).baddbmm_((on_outer * u)[:, :, None], v[:, None, :])
-            return grad.to(weights[0].dtype).view(len(weights), *weights[0].shape).unbind()
+            return grad
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         pass
 
     @staticmethod
@@ -127,17 +127,16 @@ class _SpectralGradient(torch.autograd.Function):
         )
 
 
-def _batch(weights: Sequence[Tensor]) -> Tensor:
-    """A copy of all matrices as one batch (B, m, n)."""
-    return at_least_float32(torch.stack(list(weights)).flatten(0, -3))
+def _scaled_copy(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """All matrices as one batch (B, m, n), each divided by its largest entry, and that entry (B,).
 
-
-def _divide_(batch: Tensor, scale: Tensor) -> Tensor:
-    """Divide each matrix by its largest entry, so that squares neither overflow nor vanish between 1e-18 and 1e+18.
-
-    Then sigma >= 1 for every matrix but zero. NaN and inf make the scale, and with it every later value, not finite.
+    Squares then neither overflow nor vanish between 1e-18 and 1e+18, and sigma >= 1 for every matrix but zero. NaN and inf
+    make the scale, and with it every later value, not finite.
     """
-    return batch.div_(scale[:, None, None])
+    batch = at_least_float32(torch.stack(list(weights)).flatten(0, -3))
+    # two plain reductions: the norm of order inf does the same in one, ten times slower on a CPU
+    scale = torch.maximum(batch.amax((-2, -1)), -batch.amin((-2, -1))).clamp_min(torch.finfo(batch.dtype).tiny)
+    return batch.div_(scale[:, None, None]), scale
 
 
 def _fat(batch: Tensor) -> Tensor:
@@ -149,13 +148,18 @@ def _finite_gram(fat: Tensor, scale: Tensor) -> Tensor:
     return (fat @ fat.mT).masked_fill_(~scale.isfinite()[:, None, None], 0)
 
 
+def _top_eigenvector(gram: Tensor) -> Tensor:
+    """(B, m, m) -> (B, m), a copy: a view would keep all eigenvectors alive until backward."""
+    return torch.linalg.eigh(gram)[1][..., -1].clone()
+
+
 def _power_iteration(gram: Tensor, start: Tensor) -> Tensor:
     """(B, m, m), (B, m) -> (B, m): the start after 2^13 multiplications with the Gram matrix, at unit length."""
     power = gram / _positive(_trace(gram))[:, None, None]
     for _ in range(_SQUARINGS):
         power = power @ power
         power.div_(_positive(_trace(power))[:, None, None])
-    u = start + _FIXED_SHARE * fixed_start(*start.shape, gram)
+    u = start + _FIXED_SHARE * fixed_start(len(start), start.shape[1], gram)
     # twice: where the start holds next to nothing of the top direction, the first product is half rounding
     for _ in range(2):
         u = (power @ u[..., None])[..., 0]

@@ -45,26 +45,26 @@ def test_new_memory_of_the_size_of_the_weights_is_taken_twice(solver: str, shape
         value = penalty(weights)
     with LargeResults(size) as backward:
         value.backward()
-    # a batch of all in forward, the gradient in backward
+    # the batch of all in forward, the gradient in backward
     assert forward.seen in (["stack"], ["cat"])
-    assert backward.seen in (["stack"], ["cat"])
+    assert backward.seen == ["mul"]
 
 
 @SOLVERS
 @SHAPES
-def test_nothing_of_the_size_of_a_weight_is_kept_for_backward(solver: str, shape: tuple[int, int]) -> None:
+def test_one_copy_of_the_weights_is_kept_for_backward(solver: str, shape: tuple[int, int]) -> None:
     weights = [nn.Parameter(torch.randn(shape)) for _ in range(64)]
-    saved: list[Tensor] = []
+    saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         value = SpectralRankPenalty(solver=solver)(weights)
-    known = {weight.data_ptr() for weight in weights}
-    # u and v of each gate, (4,) and (64,), is what remains, and a few numbers
-    assert sum(tensor.nbytes for tensor in saved if tensor.data_ptr() not in known) < 64 * 4 * (4 + 64 + 12)
+    assert not saved.keys() & {weight.data_ptr() for weight in weights}
+    # u (4,) and v (64,) of each gate, and a few numbers, is the rest
+    assert sum(saved.values()) < sum(weight.nbytes for weight in weights) + 64 * 4 * (4 + 64 + 12)
     value.backward()
 
 
@@ -80,10 +80,11 @@ def test_a_graph_that_is_kept_gives_the_same_gradient_again(shape: tuple[int, in
     assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
 
 
-def test_weights_changed_between_forward_and_backward_are_refused() -> None:
+def test_weights_freed_or_changed_before_backward_do_not_matter() -> None:
+    # sharded training frees the gathered weight of a layer once its forward is over
     weight = nn.Parameter(torch.randn(4, 8))
-    value = SpectralRankPenalty()([weight])
+    expected = torch.autograd.grad(stable_rank(weight), weight)[0]
+    value = stable_rank(weight)
     with torch.no_grad():
-        weight.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        value.backward()
+        weight.zero_()
+    torch.testing.assert_close(torch.autograd.grad(value, weight)[0], expected, rtol=0, atol=0)

@@ -1,0 +1,51 @@
+"""Every benchmark, or those named, one after the other: under five minutes on two cores.
+
+python -m benchmarks
+python -m benchmarks penalty wrap --json figures.json --markdown figures.md
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import cost, experts, penalty, router, startup, tracking, wrap
+from ._harness import Report, header, progress, save, show
+
+# module and rounds: enough for quartiles, few enough for five minutes in all
+BENCHMARKS = {
+    "penalty": (penalty.measure, 11),
+    "tracking": (tracking.measure, 3),
+    "router": (router.measure, 9),
+    "experts": (experts.measure, 15),
+    "wrap": (wrap.measure, 25),
+    "startup": (startup.measure, 5),
+    "cost": (cost.measure, 1),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    flags = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
+    flags.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)} (default all)")
+    flags.add_argument("--repeats", type=int, help="rounds of each (default: of each its own)")
+    flags.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run, not how fast")
+    flags.add_argument("--json", type=Path, metavar="FILE", help="also write every measurement there")
+    flags.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables there")
+    arguments = flags.parse_args(argv)
+    unknown = [name for name in arguments.names if name not in BENCHMARKS]
+    if unknown:
+        flags.error(f"names must be among {', '.join(BENCHMARKS)}, got {', '.join(unknown)}")
+    print(header())
+    reports: list[Report] = []
+    for name in arguments.names or BENCHMARKS:
+        progress(name)
+        measure, rounds = BENCHMARKS[name]
+        found = measure(arguments.repeats or (2 if arguments.quick else rounds), arguments.quick)
+        show(found)
+        reports += found
+        save(reports, arguments.json, arguments.markdown)  # after each: what is cut off later loses nothing
+
+
+if __name__ == "__main__":
+    main()

@@ -10,8 +10,8 @@ values (a subgradient, u v^T of one of them), at rank one, and at the zero matri
 
 Shapes: B matrices, m rows, n columns. Of a matrix that is taller than wide all is done with its transpose.
 
-Time goes into memory, so passes over the weights are few and in place, and new memory of their size is taken once in
-forward (the batch of all, kept for backward) and once in backward (the gradient). benchmarks/penalty.py measures it.
+Time goes into memory, so passes over the weights are few and in place, and new memory of their size is taken once: the
+batch of all in forward, kept for backward, where the gradient takes its place. benchmarks/penalty.py measures it.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class _SpectralValues(torch.autograd.Function):
         count, shape, dtype = ctx.like
         zero = torch.zeros_like(ctx.saved_tensors[0])
         grad_sigma, grad_rank = (zero if grad is None else grad for grad in (grad_sigma, grad_rank))
-        grad = _SpectralGradient.apply(grad_sigma, grad_rank, *ctx.saved_tensors)
+        grad = _SpectralGradient.apply(grad_sigma, grad_rank, *ctx.saved_tensors, _last_backward())
         return None, *grad.to(dtype).view(count, *shape).unbind()
 
 
@@ -106,12 +106,14 @@ class _SpectralGradient(torch.autograd.Function):
         scaled: Tensor,
         scale: Tensor,
         sigma: Tensor,
+        last: bool,
     ) -> Tensor:
         with torch.autocast(u.device.type, enabled=False):
             inverse = torch.where(sigma == 0, sigma, 1 / sigma)
             on_weight = 2 * grad_rank * inverse.square() / scale
             on_outer = (grad_sigma - on_weight * rank * sigma)[:, None]
-            grad = on_weight[:, None, None] * scaled
+            # the last use of the copy: the gradient may take its place, which saves a pass of page faults or of allocation
+            grad = scaled.mul_(on_weight[:, None, None]) if last else scaled * on_weight[:, None, None]
             _fat(grad).baddbmm_((on_outer * u)[:, :, None], v[:, None, :])
             return grad
 
@@ -125,6 +127,12 @@ class _SpectralGradient(torch.autograd.Function):
             "the spectral norm and the stable rank have a closed-form first derivative only, got a request for the second; "
             "take the penalty out of the part of the loss that you differentiate twice"
         )
+
+
+def _last_backward() -> bool:
+    """Whether the backward pass that runs now frees the graph behind it. Where torch does not tell, it does not."""
+    told = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return not torch.compiler.is_compiling() and told is not None and not told()
 
 
 def _scaled_copy(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,23 +1,80 @@
 """The benchmarks run and write what they measured; their figures are nobody's to test."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import wrap
+from benchmarks import __main__ as benchmarks
+from benchmarks import _harness, targets, wrap
 
-SMALL = ["--layers", "1", "--dim", "32", "--hidden", "32", "--experts", "4", "--tokens", "128", "--repeats", "3"]
 
-
-def test_wrap_prints_a_table_and_writes_every_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wrap.main([*SMALL, "--json", str(tmp_path / "wrap.json")])
+def test_every_benchmark_runs_and_every_target_finds_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures, tables = tmp_path / "figures.json", tmp_path / "figures.md"
+    benchmarks.main(["--quick", "--json", str(figures), "--markdown", str(tables)])
     printed = capsys.readouterr().out
-    assert "| total |" in printed
-    assert "| tensors more alive after each step | 0 | +0 | |" in printed
-    record = json.loads((tmp_path / "wrap.json").read_text())
-    assert len(record["steps"]["wrapped"]) == len(record["steps"]["unwrapped"]) == 3
-    assert record["memory"]["saved wrapped"] > record["memory"]["saved unwrapped"] > 0
-    # the ratio is of pairs: with equal times it is one
-    steps = {name: [wrap.Step(1.0, 2.0, 3.0)] * 3 for name in ("wrapped", "unwrapped")}
-    assert wrap.ratio(steps, "total") == (1, 1, 1)
+    record = json.loads(figures.read_text())
+    assert record["machine"]["torch"] == torch.__version__
+    for report in record["reports"]:
+        assert report["rows"]
+        assert all(len(row) == len(report["columns"]) for row in report["rows"])
+        assert f"### {report['title']}" in printed
+        assert f"### {report['title']}" in tables.read_text()
+    for target in targets.TARGETS:
+        assert targets.rows(target, record), target
+    targets.main([str(figures), str(figures)])
+    assert len(capsys.readouterr().out.splitlines()) > len(targets.TARGETS)
+
+
+def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmarks.main(["penalty", "speed"])
+    assert "names must be among penalty, tracking" in capsys.readouterr().err
+
+
+def test_contenders_take_turns_and_ratios_are_of_neighbours() -> None:
+    order: list[str] = []
+    seconds = _harness.interleave({name: lambda name=name: order.append(name) for name in "abc"}, 3)
+    assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys("abc", 3)
+    assert "".join(order[3 * _harness.WARM_UP :]) in ("abcbcacab", "bcacababc", "cababcbca")
+    # a machine that is ten times slower in one round changes no ratio
+    assert _harness.ratio({"a": [2.0, 20.0, 2.0], "b": [1.0, 10.0, 1.0]}, "a", "b") == (2, 2, 2)
+    assert _harness.ratio({"a": [3.0], "b": [1.0]}, "a", "b") == (3, 3, 3)
+
+
+def test_clock_and_peak_measure_what_they_say() -> None:
+    clock = _harness.Clock()
+    time.sleep(0.02)
+    clock.mark()
+    clock.mark()
+    slept, nothing = clock.seconds()
+    assert slept >= 0.02 > nothing
+
+    def call() -> None:
+        first = torch.empty(1 << 20)  # 4 MiB
+        second = first + 1  # 8 MiB at once
+        del first
+        second.add_(1)
+
+    assert _harness.peak_bytes(call) == pytest.approx(8 << 20, rel=0.01)
+
+
+def test_a_target_is_judged_by_the_median_of_the_runs() -> None:
+    def run(seconds: float) -> dict[str, object]:
+        raw = {"step": {"wrapped": [seconds], "unwrapped": [1.0]}}
+        return {"reports": [{"title": "wrap_moe on a model", "raw": raw}]}
+
+    kept = [target for target in targets.TARGETS if target.report == "wrap_moe" and target.row == "step"]
+    assert len(kept) == 1
+    assert [targets.rows(kept[0], run(2.0))["step"], kept[0].holds(1.03), kept[0].holds(1.04)] == [2, True, False]
+
+
+def test_wrap_leaves_no_tensor_alive(tmp_path: Path) -> None:
+    small = ["--layers", "1", "--dim", "32", "--hidden", "32", "--tokens", "128", "--repeats", "3"]
+    wrap.main([*small, "--json", str(tmp_path / "wrap.json")])
+    raw = json.loads((tmp_path / "wrap.json").read_text())["reports"][0]["raw"]
+    assert raw["tensors left"] == {"unwrapped": [0], "wrapped": [0]}
+    assert len(raw["step"]["wrapped"]) == len(raw["step"]["unwrapped"]) == 3
+    assert raw["saved for backward"]["wrapped"][0] > raw["saved for backward"]["unwrapped"][0] > 0

@@ -34,7 +34,7 @@ class LargeResults(TorchDispatchMode):
 
 @SOLVERS
 @SHAPES
-def test_new_memory_of_the_size_of_the_weights_is_taken_twice(solver: str, shape: tuple[int, int]) -> None:
+def test_new_memory_of_the_size_of_the_weights_is_taken_once(solver: str, shape: tuple[int, int]) -> None:
     weights = [nn.Parameter(torch.randn(shape)) for _ in range(8)]
     penalty = SpectralRankPenalty(solver=solver)
     penalty(weights).backward()
@@ -43,11 +43,14 @@ def test_new_memory_of_the_size_of_the_weights_is_taken_twice(solver: str, shape
     size = sum(weight.nbytes for weight in weights)
     with LargeResults(size) as forward:
         value = penalty(weights)
+    with LargeResults(size) as kept:
+        value.backward(retain_graph=True)
     with LargeResults(size) as backward:
         value.backward()
-    # the batch of all in forward, the gradient in backward
+    # the batch of all in forward; the gradient takes its place in backward, unless it is needed once more
     assert forward.seen in (["stack"], ["cat"])
-    assert backward.seen == ["mul"]
+    assert kept.seen == ["mul"]
+    assert backward.seen == []
 
 
 @SOLVERS
@@ -70,14 +73,29 @@ def test_one_copy_of_the_weights_is_kept_for_backward(solver: str, shape: tuple[
 
 @SHAPES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_graph_that_is_kept_gives_the_same_gradient_again(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    # the gradient is made in place, in memory that is new each time
+@pytest.mark.parametrize("told", [True, False])
+def test_a_graph_that_is_kept_gives_the_same_gradient_again(
+    shape: tuple[int, int], dtype: torch.dtype, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not told:  # a torch that does not say whether the graph is kept
+        monkeypatch.delattr("torch._C._autograd._get_current_graph_task_keep_graph")
     weight = torch.randn(3, *shape, dtype=dtype).requires_grad_()
     value = stable_rank(weight).sum()
-    first, second = (torch.autograd.grad(value, weight, retain_graph=True)[0] for _ in range(2))
+    first, second, last = (torch.autograd.grad(value, weight, retain_graph=keep)[0] for keep in (True, True, False))
     assert torch.equal(first, second)
+    assert torch.equal(first, last)
     assert first.dtype == dtype
-    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(value, weight)
+
+
+def test_gradients_through_torch_func() -> None:
+    weight = torch.randn(4, 8)
+    expected = torch.autograd.grad(stable_rank(leaf := weight.clone().requires_grad_()), leaf)[0]
+    torch.testing.assert_close(torch.func.grad(stable_rank)(weight), expected)
+    _, pull = torch.func.vjp(stable_rank, weight)
+    for _ in range(2):  # a pull-back may be called again
+        torch.testing.assert_close(pull(torch.ones(()))[0], expected)
 
 
 def test_weights_freed_or_changed_before_backward_do_not_matter() -> None:

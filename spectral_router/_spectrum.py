@@ -17,6 +17,7 @@ batch of all in forward, kept for backward, where the gradient takes its place. 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class _SpectralValues(torch.autograd.Function):
 
     @staticmethod
     def forward(start: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(weights[0].device.type, enabled=False):
+        with _full_precision(weights[0].device):
             scaled, scale = _scaled_copy(weights)
             fat = _fat(scaled)
             gram = _finite_gram(fat, scale)
@@ -71,7 +72,7 @@ class _SpectralValues(torch.autograd.Function):
             sigma = torch.linalg.vector_norm(v, dim=-1)
             v = v / _positive(sigma)[:, None]
             # R is in [1, m] for every matrix but zero; the clamp takes off rounding, and what a lagging iteration adds
-            rank = (_trace(gram) / _positive(sigma).square()).clamp(1, fat.shape[-2])
+            rank = (_trace(gram) / _positive(sigma.square())).clamp(1, fat.shape[-2])
             rank = torch.where(sigma == 0, sigma, rank)
             return sigma * scale, rank, u, v, scaled, scale, sigma
 
@@ -89,33 +90,39 @@ class _SpectralValues(torch.autograd.Function):
         count, shape, dtype = ctx.like
         zero = torch.zeros_like(ctx.saved_tensors[0])
         grad_sigma, grad_rank = (zero if grad is None else grad for grad in (grad_sigma, grad_rank))
-        grad = _SpectralGradient.apply(grad_sigma, grad_rank, *ctx.saved_tensors, _last_backward())
+        told = (grad_sigma, grad_rank, *ctx.saved_tensors, _last_backward())
+        grad = _OnceDifferentiable.apply(*told) if torch.is_grad_enabled() else _gradient(*told)
         return None, *grad.to(dtype).view(count, *shape).unbind()
 
 
-class _SpectralGradient(torch.autograd.Function):
-    """The gradient is a function of its own only so that asking for the gradient of it fails with a clear sentence."""
+def _gradient(
+    grad_sigma: Tensor,
+    grad_rank: Tensor,
+    rank: Tensor,
+    u: Tensor,
+    v: Tensor,
+    scaled: Tensor,
+    scale: Tensor,
+    sigma: Tensor,
+    last: bool,
+) -> Tensor:
+    """(B, m, n): of the weights, in closed form."""
+    with _full_precision(u.device):
+        inverse = torch.where(sigma == 0, sigma, 1 / sigma)
+        on_weight = 2 * grad_rank * inverse.square() / scale
+        on_outer = (grad_sigma - on_weight * rank * sigma)[:, None]
+        # the last use of the copy: the gradient takes its place, since new memory would cost more than the arithmetic
+        grad = scaled.mul_(on_weight[:, None, None]) if last else scaled * on_weight[:, None, None]
+        _fat(grad).baddbmm_((on_outer * u)[:, :, None], v[:, None, :])
+        return grad
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The gradient where it may itself be differentiated, to fail there with a clear sentence."""
 
     @staticmethod
-    def forward(
-        grad_sigma: Tensor,
-        grad_rank: Tensor,
-        rank: Tensor,
-        u: Tensor,
-        v: Tensor,
-        scaled: Tensor,
-        scale: Tensor,
-        sigma: Tensor,
-        last: bool,
-    ) -> Tensor:
-        with torch.autocast(u.device.type, enabled=False):
-            inverse = torch.where(sigma == 0, sigma, 1 / sigma)
-            on_weight = 2 * grad_rank * inverse.square() / scale
-            on_outer = (grad_sigma - on_weight * rank * sigma)[:, None]
-            # the last use of the copy: the gradient may take its place, which saves a pass of page faults or of allocation
-            grad = scaled.mul_(on_weight[:, None, None]) if last else scaled * on_weight[:, None, None]
-            _fat(grad).baddbmm_((on_outer * u)[:, :, None], v[:, None, :])
-            return grad
+    def forward(*told: Any) -> Tensor:
+        return _gradient(*told)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -175,9 +182,14 @@ def _power_iteration(gram: Tensor, start: Tensor) -> Tensor:
     return u
 
 
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off. Not even asked for where it is off already: on small gates that takes as long as the computation."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
 def _positive(norm: Tensor) -> Tensor:
-    """Norms that may be divided by: zero becomes one, NaN stays."""
-    return norm.masked_fill(norm == 0, 1)
+    """Norms that may be divided by: zero becomes tiny, NaN stays."""
+    return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
 def _trace(square: Tensor) -> Tensor:

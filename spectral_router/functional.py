@@ -140,11 +140,9 @@ def load_balance_loss(probs: Tensor, mask: Tensor | None = None, *, unbiased: bo
     tensor(1.)
     """
     importance = expert_sums(probs, mask)
-    num_experts = len(importance)
     mean = importance.mean()
     share = importance / torch.where(mean == 0, 1, mean)
-    divisor = max(num_experts - 1, 1) if unbiased else num_experts
-    return torch.where(mean == 0, 0, (share - 1).square().sum() / divisor)
+    return share.var(correction=int(unbiased and len(share) > 1))
 
 
 def expert_sums(probs: Tensor, mask: Tensor | None) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -172,9 +173,9 @@ class PrototypeRouter(nn.Module):
 
     def forward(self, x: Tensor) -> RouterOutput:
         self._check(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x.device.type):
             dtype = torch.promote_types(torch.promote_types(x.dtype, self.prototypes.dtype), torch.float32)
-            logits = self._scores(x.to(dtype), self.prototypes.to(dtype)) / self.temperature
+            logits = self._logits(x.to(dtype), self.prototypes.to(dtype), self.temperature.to(dtype))
             probs = logits.softmax(-1)
             if self.top_k is None:
                 weights = probs
@@ -185,18 +186,20 @@ class PrototypeRouter(nn.Module):
                 weights = best.softmax(-1)
         return RouterOutput(logits, probs, weights.to(x.dtype), indices)
 
-    def _scores(self, x: Tensor, prototypes: Tensor) -> Tensor:
+    def _logits(self, x: Tensor, prototypes: Tensor, temperature: Tensor) -> Tensor:
+        # the temperature divides the prototypes where it can: there are far fewer of them than of scores
         if self.metric == "dot":
-            return F.linear(x, prototypes)
+            return F.linear(x, prototypes / temperature)
         if self.metric == "cosine":
-            return F.linear(_directions(x), _directions(prototypes))
-        # |z|^2 - score is the squared distance
-        score = F.linear(x, 2 * prototypes, -prototypes.square().sum(-1))
+            return F.linear(_directions(x), _directions(prototypes) / temperature)
         if self.metric == "sqeuclidean":
-            return score
-        squared = x.square().sum(-1, keepdim=True) - score
-        # the clamp passes no gradient: zero distance gets gradient zero instead of 0/0
-        return -squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()
+            return F.linear(x, 2 * prototypes / temperature, -prototypes.square().sum(-1) / temperature)
+        if torch.compiler.is_compiling():
+            # the compiler fuses this itself, forward and backward; the clamp passes no gradient from a distance of zero
+            squared = _squared_distances(x, prototypes)
+            return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt() / -temperature
+        rows = x.reshape(-1, self.dim)
+        return _DistanceLogits.apply(rows, prototypes, temperature).reshape(*x.shape[:-1], self.num_experts)
 
     def _reset_temperature(self) -> None:
         if self.log_temperature is None:
@@ -228,6 +231,59 @@ class PrototypeRouter(nn.Module):
         )
 
 
+class _DistanceLogits(torch.autograd.Function):
+    """The logits of equation 2, l_ij = −‖x_i − μ_j‖ / τ, for x (T, D) and μ (K, D), with the gradient in closed form.
+
+        dl_ij / dx_i = (μ_j − x_i) / (τ² |l_ij|) = −dl_ij / dμ_j        dl_ij / dτ = −l_ij / τ
+
+    The gradient of x is the only tensor of the size of x that is made: at most sizes, new memory is what costs time.
+    A token at a prototype gets gradient zero from it instead of 0/0. The backward is itself differentiable.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, prototypes: Tensor, temperature: Tensor) -> Tensor:
+        return _squared_distances(x, prototypes).clamp_min_(0).sqrt_().div_(-temperature)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+        ctx.save_for_forward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, prototypes, temperature, logits = ctx.saved_tensors
+        grad_x = grad_prototypes = grad_temperature = None
+        with _no_autocast(x.device.type):
+            pull, scale = grad / _divisor(logits), temperature**-2
+            if ctx.needs_input_grad[0]:
+                grad_x = (pull @ (scale * prototypes)).addcmul_(scale * pull.sum(-1, keepdim=True), x, value=-1)
+            if ctx.needs_input_grad[1]:
+                grad_prototypes = scale * (pull.mT @ x - pull.sum(0)[:, None] * prototypes)
+            if ctx.needs_input_grad[2]:
+                grad_temperature = -(grad * logits).sum() / temperature
+        return grad_x, grad_prototypes, grad_temperature
+
+    @staticmethod
+    def jvp(ctx: Any, x_dot: Tensor, prototypes_dot: Tensor, temperature_dot: Tensor) -> Tensor:
+        x, prototypes, temperature, logits = ctx.saved_tensors
+        slope = (x * x_dot).sum(-1, keepdim=True) + (prototypes * prototypes_dot).sum(-1)
+        slope = x @ prototypes_dot.mT + x_dot @ prototypes.mT - slope
+        return slope / (temperature**2 * _divisor(logits)) - logits * temperature_dot / temperature
+
+
+def _squared_distances(x: Tensor, prototypes: Tensor) -> Tensor:
+    """(*, D), (K, D) -> (*, K)"""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # x.square() would be a second x in memory
+    return F.linear(x, -2 * prototypes, prototypes.square().sum(-1)).add_(norm.square())
+
+
+def _divisor(logits: Tensor) -> Tensor:
+    """‖x_i − μ_j‖ / τ, or infinity where that is zero: what is divided by it then becomes zero."""
+    return F.threshold(-logits, 0.0, math.inf, inplace=True)
+
+
 def _directions(vectors: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors / norm.masked_fill(norm <= _NO_DIRECTION, math.inf)
@@ -235,3 +291,8 @@ def _directions(vectors: Tensor) -> Tensor:
 
 def _full(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Entered only where there is something to switch off: it would cost more than the arithmetic of a small batch."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

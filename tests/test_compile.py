@@ -11,7 +11,8 @@ from spectral_router import LoadBalanceLoss, PrototypeRouter, SpectralRankPenalt
 
 pytestmark = pytest.mark.filterwarnings(
     # raised inside torch while it traces its own decompositions
-    r"ignore:`torch\._prims_common\.check` is deprecated:FutureWarning:torch"
+    r"ignore:`torch\._prims_common\.check` is deprecated:FutureWarning:torch",
+    r"ignore:.*should not be instantiated:DeprecationWarning",  # torch 2.9, of every function that it traces
 )
 
 SHAPES = [(4, 16), (8, 3), (4, 16), (8, 3), (5, 5)]

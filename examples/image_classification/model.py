@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import einsum
 from torch import Tensor, nn
 
 from spectral_router import PrototypeRouter, RouterOutput
@@ -47,8 +46,10 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """x (B, d), weights (B, K) -> the weighted sum of the experts' outputs, equation 1, (B, d)."""
-        inside = F.relu(x @ self.w_in + self.b_in)
-        return einsum(inside @ self.w_out + self.b_out, weights.to(inside.dtype), "k b d, b k -> b d")
+        # product and bias in one kernel, ReLU in place, a plain weighted sum: einsum would copy both factors for its matmul
+        inside = torch.baddbmm(self.b_in, x.expand(len(self.w_in), -1, -1), self.w_in).relu_()
+        outputs = torch.baddbmm(self.b_out, inside, self.w_out)  # (K, B, d)
+        return (outputs * weights.to(outputs.dtype).mT[..., None]).sum(0)
 
 
 class MoELayer(nn.Module):

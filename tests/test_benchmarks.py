@@ -71,6 +71,26 @@ def test_a_target_is_judged_by_the_median_of_the_runs() -> None:
     assert [targets.rows(kept[0], run(2.0))["step"], kept[0].holds(1.03), kept[0].holds(1.04)] == [2, True, False]
 
 
+def test_the_docs_show_the_targets_and_tables_of_today() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    shown, tables = ((docs / name).read_text(encoding="utf-8") for name in ("benchmark_targets.md", "benchmark_tables.md"))
+    for target in targets.TARGETS:
+        bound = f"{'at least' if target.at_least else 'at most'} {target.bound:g}"
+        lines = [line for line in shown.splitlines() if line.startswith(f"| {target.report}: {target.row}")]
+        assert any(f"| {target.above} / {target.below} | {bound} |" in line for line in lines), target
+    for name in (
+        "Penalty over",
+        "Penalty against",
+        "Following",
+        "PrototypeRouter",
+        "Training step",
+        "wrap_moe",
+        "Import",
+        "ESTIMATE",
+    ):
+        assert f"### {name}" in tables
+
+
 def test_wrap_leaves_no_tensor_alive(tmp_path: Path) -> None:
     small = ["--layers", "1", "--dim", "32", "--hidden", "32", "--tokens", "128", "--repeats", "3"]
     wrap.main([*small, "--json", str(tmp_path / "wrap.json")])

@@ -63,18 +63,21 @@ def rows(target: Target, run: dict[str, Any]) -> dict[str, float]:
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
-    lines = ["| measured | ratio | target | median of the runs | runs | holds |", "|---|---|---|---|---|---|"]
+    lines = ["| measured | ratio | target | median of the runs | holds |", "|---|---|---|---|---|"]
     for target in TARGETS:
         found = [rows(target, run) for run in runs]
-        for name in found[0]:
-            values = [one[name] for one in found]
-            middle = statistics.median(values)
-            sign = "at least" if target.at_least else "at most"
-            shown = ", ".join(f"{value:.3g}" for value in values)
-            lines.append(
-                f"| {target.report}: {name} | {target.above} / {target.below} | {sign} {target.bound:g} | {middle:.3g} "
-                f"| {shown} | {'yes' if target.holds(middle) else '**no**'} |"
-            )
+        values = {name: [one[name] for one in found] for name in found[0]}
+        middle = {name: statistics.median(of_runs) for name, of_runs in values.items()}
+        missed = [name for name, value in middle.items() if not target.holds(value)]
+        low, high = min(middle.values()), max(middle.values())
+        name = f"{target.report}: {next(iter(middle))}" if len(middle) == 1 else f"{target.report}, {len(middle)} sizes"
+        holds = "yes" if not missed else "**no**" if len(middle) == 1 else f"**not** {'; '.join(missed)}"
+        details = "; ".join(", ".join(f"{value:.3g}" for value in values[name]) for name in missed)
+        lines.append(
+            f"| {name} | {target.above} / {target.below} | {'at least' if target.at_least else 'at most'} {target.bound:g} "
+            f"| {f'{low:.3g}' if len(middle) == 1 else f'{low:.3g} to {high:.3g}'} "
+            f"| {holds}{f' (runs: {details})' if details else ''} |"
+        )
     return "\n".join(lines)
 
 

@@ -25,7 +25,7 @@ def test_every_benchmark_runs_and_every_target_finds_its_rows(tmp_path: Path, ca
     for target in targets.TARGETS:
         assert targets.rows(target, record), target
     targets.main([str(figures), str(figures)])
-    assert len(capsys.readouterr().out.splitlines()) > len(targets.TARGETS)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(targets.TARGETS)
 
 
 def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +76,7 @@ def test_the_docs_show_the_targets_and_tables_of_today() -> None:
     shown, tables = ((docs / name).read_text(encoding="utf-8") for name in ("benchmark_targets.md", "benchmark_tables.md"))
     for target in targets.TARGETS:
         bound = f"{'at least' if target.at_least else 'at most'} {target.bound:g}"
-        lines = [line for line in shown.splitlines() if line.startswith(f"| {target.report}: {target.row}")]
+        lines = [line for line in shown.splitlines() if line.startswith(f"| {target.report}") and target.row in line]
         assert any(f"| {target.above} / {target.below} | {bound} |" in line for line in lines), target
     for name in (
         "Penalty over",

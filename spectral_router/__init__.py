@@ -2,7 +2,9 @@
 
 from . import functional
 from .gates import Gate, find_gates
+from .layers import penalize
 from .losses import LoadBalanceLoss
+from .norm_penalty import SpectralNormPenalty
 from .penalties import SpectralRankPenalty
 from .router import PrototypeRouter, RouterOutput
 from .wrap import MoEHandle, wrap_moe
@@ -15,8 +17,10 @@ __all__ = [
     "MoEHandle",
     "PrototypeRouter",
     "RouterOutput",
+    "SpectralNormPenalty",
     "SpectralRankPenalty",
     "find_gates",
     "functional",
+    "penalize",
     "wrap_moe",
 ]

@@ -11,10 +11,14 @@ from typing import Union
 from torch import nn
 
 from ._evidence import shaped
+from ._rules import flat, meets
 from .gates import Gate, find_gates, gate_in, gate_of, looks_like_gate
 
 # a name or its suffix, a regular expression for the full name, a module class, a predicate, a Gate; or several of them
 Selector = Union[str, "re.Pattern[str]", type[nn.Module], Callable[[str, nn.Module], bool], Gate, Iterable["Selector"]]
+
+
+_TAKE = "gates and exclude take"
 
 
 def select_gates(model: nn.Module, gates: Selector | None, exclude: Selector | None) -> list[Gate]:
@@ -22,8 +26,10 @@ def select_gates(model: nn.Module, gates: Selector | None, exclude: Selector | N
     with shaped(model):
         chosen = found if gates is None else _named(model, gates, found)
     if exclude is not None:
-        wanted = _flat(exclude)
-        kept = [gate for gate in chosen if not any(_meets(rule, gate.name, gate.module) or rule is gate for rule in wanted)]
+        wanted = flat(exclude, _TAKE, "Gate objects", Gate)
+        kept = [
+            gate for gate in chosen if not any(meets(rule, gate.name, gate.module, _TAKE) or rule is gate for rule in wanted)
+        ]
         if len(kept) == len(chosen):
             raise ValueError(f"exclude={exclude!r} matches none of the gates: {', '.join(gate.name for gate in chosen)}")
         if not kept:
@@ -41,13 +47,13 @@ def select_gates(model: nn.Module, gates: Selector | None, exclude: Selector | N
 def _named(model: nn.Module, gates: Selector, found: list[Gate]) -> list[Gate]:
     chosen: list[Gate] = []
     modules = dict(model.named_modules())
-    for rule in _flat(gates):
+    for rule in flat(gates, _TAKE, "Gate objects", Gate):
         if isinstance(rule, Gate):
             if rule.module not in modules.values():
                 raise ValueError(f"the module of Gate {rule.name!r} is not a part of {type(model).__name__}")
             matched = [rule]
         else:
-            names = [name for name, module in modules.items() if name and _meets(rule, name, module)]
+            names = [name for name, module in modules.items() if name and meets(rule, name, module, _TAKE)]
             matched = [gate for name in names for gate in _at(name, modules, found)]
             if isinstance(rule, (str, re.Pattern)):
                 matched += _parameters(model, rule, modules, found)
@@ -76,35 +82,10 @@ def _parameters(model: nn.Module, rule: str | re.Pattern[str], modules: dict[str
     gates: list[Gate] = []
     for path, parameter in model.named_parameters():
         owner, _, attribute = path.rpartition(".")
-        if parameter.ndim == 2 and _meets(rule, path, modules[owner]):
+        if parameter.ndim == 2 and meets(rule, path, modules[owner], _TAKE):
             known = [gate for gate in found if gate.matrix is parameter]
             gates += known or gate_of(path, modules[owner], attribute, modules.get(owner.rpartition(".")[0]))
     return gates
-
-
-def _flat(rules: Selector) -> list[Selector]:
-    if isinstance(rules, (str, re.Pattern, Gate)) or callable(rules):
-        return [rules]
-    if not isinstance(rules, Iterable):
-        raise TypeError(f"gates and exclude take names, patterns, module classes, predicates or Gate objects, got {rules!r}")
-    return [rule for item in rules for rule in _flat(item)]
-
-
-def _meets(rule: Selector, name: str, module: nn.Module) -> bool:
-    if isinstance(rule, str):
-        return name == rule or name.endswith(f".{rule}") or _fullmatch(rule, name)
-    if isinstance(rule, re.Pattern):
-        return rule.fullmatch(name) is not None
-    if isinstance(rule, type):
-        return isinstance(module, rule)
-    return callable(rule) and bool(rule(name, module))
-
-
-def _fullmatch(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error:
-        raise ValueError(f"gates and exclude take a name, a suffix or a valid regular expression, got {pattern!r}") from None
 
 
 def _gate_like(model: nn.Module) -> list[str]:

@@ -63,16 +63,16 @@ class _SpectralValues(torch.autograd.Function):
 
     @staticmethod
     def forward(start: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
-        with _full_precision(weights[0].device):
+        with full_precision(weights[0].device):
             scaled, scale = _scaled_copy(weights)
             fat = _fat(scaled)
             gram = _finite_gram(fat, scale)
             u = _top_eigenvector(gram) if start is None else _power_iteration(gram, start)
             v = (u[:, None, :] @ fat)[:, 0]
             sigma = torch.linalg.vector_norm(v, dim=-1)
-            v = v / _positive(sigma)[:, None]
+            v = v / positive(sigma)[:, None]
             # R is in [1, m] for every matrix but zero; the clamp takes off rounding, and what a lagging iteration adds
-            rank = (_trace(gram) / _positive(sigma.square())).clamp(1, fat.shape[-2])
+            rank = (_trace(gram) / positive(sigma.square())).clamp(1, fat.shape[-2])
             rank = torch.where(sigma == 0, sigma, rank)
             return sigma * scale, rank, u, v, scaled, scale, sigma
 
@@ -107,7 +107,7 @@ def _gradient(
     last: bool,
 ) -> Tensor:
     """(B, m, n): of the weights, in closed form."""
-    with _full_precision(u.device):
+    with full_precision(u.device):
         inverse = torch.where(sigma == 0, sigma, 1 / sigma)
         on_weight = 2 * grad_rank * inverse.square() / scale
         on_outer = (grad_sigma - on_weight * rank * sigma)[:, None]
@@ -170,24 +170,24 @@ def _top_eigenvector(gram: Tensor) -> Tensor:
 
 def _power_iteration(gram: Tensor, start: Tensor) -> Tensor:
     """(B, m, m), (B, m) -> (B, m): the start after 2^13 multiplications with the Gram matrix, at unit length."""
-    power = gram / _positive(_trace(gram))[:, None, None]
+    power = gram / positive(_trace(gram))[:, None, None]
     for _ in range(_SQUARINGS):
         power = power @ power
-        power.div_(_positive(_trace(power))[:, None, None])
+        power.div_(positive(_trace(power))[:, None, None])
     u = start + _FIXED_SHARE * fixed_start(len(start), start.shape[1], gram)
     # twice: where the start holds next to nothing of the top direction, the first product is half rounding
     for _ in range(2):
         u = (power @ u[..., None])[..., 0]
-        u = u / _positive(torch.linalg.vector_norm(u, dim=-1, keepdim=True))
+        u = u / positive(torch.linalg.vector_norm(u, dim=-1, keepdim=True))
     return u
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off. Not even asked for where it is off already: on small gates that takes as long as the computation."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
-def _positive(norm: Tensor) -> Tensor:
+def positive(norm: Tensor) -> Tensor:
     """Norms that may be divided by: zero becomes tiny, NaN stays."""
     return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from einops import reduce
 from torch import Tensor, nn
 
 from . import functional
+from ._matrices import by_shape, in_order, keep_precision, matrices_in, total
 from ._spectrum import at_least_float32, fixed_start, spectral_values
 
 __all__ = ["SpectralRankPenalty"]
@@ -86,28 +86,22 @@ class SpectralRankPenalty(nn.Module):
         self.register_buffer("anchor", None)
 
     def forward(self, weights: Tensor | Iterable[Tensor]) -> Tensor:
-        terms = [term.sum() for term in self._terms([weights] if isinstance(weights, Tensor) else list(weights))[0]]
-        # gates may live on several devices
-        return torch.stack([term.to(terms[0].device) for term in terms]).sum() if len(terms) > 1 else terms[0]
+        return total(self._terms([weights] if isinstance(weights, Tensor) else list(weights))[0])
 
     def each(self, weights: Iterable[Tensor]) -> list[Tensor]:
         """The penalty of each matrix `(K_i, d_i)`, scalars in the order given: what `forward` sums up."""
-        terms, positions = self._terms(list(weights))
-        parts = {
-            place: part for term, group in zip(terms, positions, strict=True) for place, part in zip(group, term, strict=True)
-        }
-        return [parts[place] for place in range(len(parts))]
+        return in_order(*self._terms(list(weights)))
 
     def _terms(self, weights: list[Tensor]) -> tuple[list[Tensor], list[list[int]]]:
         """For each group of matrices of equal shape: their penalties, and their positions."""
-        groups, positions = _by_shape(weights)
+        groups, positions = by_shape(weights)
         for group in groups:
             functional.check_matrices(group[0])
         rank_targets = [functional.resolve_rank_target(self.rank_target, group[0], centered=self.center) for group in groups]
         self._remember(groups)
         terms, first = [], 0
         for index, (group, rank_target) in enumerate(zip(groups, rank_targets, strict=True)):
-            last = first + _count(group)
+            last = first + matrices_in(group)
             terms.append(self._group_penalty(group, rank_target, index, slice(first, last)))
             first = last
         return terms, positions
@@ -126,7 +120,7 @@ class SpectralRankPenalty(nn.Module):
         iterate = getattr(self, name, None)
         like = at_least_float32(group[0].new_empty(0))
         if iterate is None:
-            iterate = fixed_start(_count(group), min(group[0].shape[-2:]), like)
+            iterate = fixed_start(matrices_in(group), min(group[0].shape[-2:]), like)
             if not _in_inference_mode():
                 self.register_buffer(name, iterate, persistent=False)
         sigma, rank, u = spectral_values(group, iterate.to(like))
@@ -150,14 +144,14 @@ class SpectralRankPenalty(nn.Module):
         """On the first call make room for what is kept for each matrix; later calls must bring the same matrices."""
         if self.sigma_target != "initial" and self.solver != "power":
             return
-        shapes = [(_count(group), *group[0].shape[-2:]) for group in groups]
+        shapes = [(matrices_in(group), *group[0].shape[-2:]) for group in groups]
         known = getattr(self, "_shapes", shapes)
         if known != shapes:
             raise ValueError(
                 f'with sigma_target="initial" or solver="power" every call must bring the matrices of the first call, shapes '
                 f"{known}, got {shapes}; use one SpectralRankPenalty for each model"
             )
-        count = sum(_count(group) for group in groups)
+        count = sum(matrices_in(group) for group in groups)
         if _in_inference_mode() and not hasattr(self, "_shapes"):
             return
         if self.sigma_target == "initial" and self.anchor is None:
@@ -169,12 +163,9 @@ class SpectralRankPenalty(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralRankPenalty:
         """`.to(device)` moves the buffers; `.half()` leaves them in full precision, as they are measurements."""
-        kept = dict(self._buffers)
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
+        keep_precision(self, before)
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -194,25 +185,3 @@ class SpectralRankPenalty(nn.Module):
 def _in_inference_mode() -> bool:
     """A buffer made in inference mode could never be updated in training: there, nothing is made. Dynamo cannot ask."""
     return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-
-
-def _by_shape(weights: list[Tensor]) -> tuple[list[list[Tensor]], list[list[int]]]:
-    """Matrices of one shape, dtype and device together, in the order of first appearance, and their positions."""
-    groups: dict[tuple[Any, ...], list[Tensor]] = {}
-    positions: dict[tuple[Any, ...], list[int]] = {}
-    for position, weight in enumerate(weights):
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"weights must be tensors, got {type(weight).__name__} at position {position}; pass module.weight")
-        if weight.ndim < 2:
-            raise ValueError(f"weights must be matrices (experts, dim), got shape {tuple(weight.shape)} at position {position}")
-        kind = (weight.shape, weight.dtype, weight.device)
-        groups.setdefault(kind, []).append(weight)
-        positions.setdefault(kind, []).append(position)
-    if not groups:
-        raise ValueError("weights must hold at least one matrix, got none")
-    return list(groups.values()), list(positions.values())
-
-
-def _count(group: list[Tensor]) -> int:
-    """How many matrices a group of tensors (*, K, d) of one shape holds."""
-    return len(group) * math.prod(group[0].shape[:-2])

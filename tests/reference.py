@@ -106,3 +106,12 @@ def _each(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply a function of one matrix to every matrix of (*, m, n)."""
     matrices = weight.double().reshape(-1, *weight.shape[-2:])
     return torch.stack([function(matrix) for matrix in matrices]).reshape(weight.shape[:-2])
+
+
+def spectral_norm_penalty(weights: list[Tensor], sigma_target: float = 0.0, power: float = 1) -> Tensor:
+    """The formula, in float64, one matrix at a time."""
+    total = torch.zeros((), dtype=torch.float64)
+    for weight in weights:
+        sigma = torch.linalg.svdvals(weight.double().reshape(len(weight), -1))[0]
+        total = total + (sigma**power - sigma_target**power) ** 2
+    return total

@@ -1,0 +1,56 @@
+"""What penalties of many matrices share: groups of one shape, their terms put together, measurements in full precision."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def by_shape(weights: list[Tensor]) -> tuple[list[list[Tensor]], list[list[int]]]:
+    """Matrices of one shape, dtype and device together, in the order of first appearance, and their positions."""
+    groups: dict[tuple[Any, ...], list[Tensor]] = {}
+    positions: dict[tuple[Any, ...], list[int]] = {}
+    for position, weight in enumerate(weights):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weights must be tensors, got {type(weight).__name__} at position {position}; pass module.weight")
+        if weight.ndim < 2:
+            raise ValueError(f"weights must be matrices (experts, dim), got shape {tuple(weight.shape)} at position {position}")
+        kind = (weight.shape, weight.dtype, weight.device)
+        groups.setdefault(kind, []).append(weight)
+        positions.setdefault(kind, []).append(position)
+    if not groups:
+        raise ValueError("weights must hold at least one matrix, got none")
+    return list(groups.values()), list(positions.values())
+
+
+def matrices_in(group: list[Tensor]) -> int:
+    """How many matrices a group of tensors (*, K, d) of one shape holds."""
+    return len(group) * math.prod(group[0].shape[:-2])
+
+
+def total(terms: list[Tensor]) -> Tensor:
+    """The sum over groups and matrices; the groups may live on several devices."""
+    sums = [term.sum() for term in terms]
+    return torch.stack([part.to(sums[0].device) for part in sums]).sum() if len(sums) > 1 else sums[0]
+
+
+def in_order(terms: list[Tensor], positions: list[list[int]]) -> list[Tensor]:
+    """The term of each matrix, in the order in which the matrices came."""
+    parts = {place: part for term, group in zip(terms, positions, strict=True) for place, part in zip(group, term, strict=True)}
+    return [parts[place] for place in range(len(parts))]
+
+
+def keep_precision(module: nn.Module, before: dict[str, Tensor | None]) -> None:
+    """After `.to()`: the buffers have moved to the device, and stay of the dtype that they had, as they are measurements."""
+    for name, buffer in before.items():
+        moved = module._buffers[name]
+        if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+            module._buffers[name] = buffer.to(moved.device)
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """(out, in, *kernel) -> (out, in * prod(kernel))."""
+    return weight.flatten(1) if isinstance(weight, Tensor) and weight.ndim > 2 else weight

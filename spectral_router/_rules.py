@@ -1,0 +1,35 @@
+"""Rules that name modules: a name or its suffix, a regular expression, a class, a predicate, or several of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+
+def flat(rules: Any, take: str, last: str, *leaves: type) -> list[Any]:
+    """One list of single rules. `take` and `last` begin and end the error's sentence; `leaves` are other kinds of rules."""
+    if isinstance(rules, (str, re.Pattern, *leaves)) or callable(rules):
+        return [rules]
+    if not isinstance(rules, Iterable):
+        raise TypeError(f"{take} names, patterns, module classes, predicates or {last}, got {rules!r}")
+    return [rule for item in rules for rule in flat(item, take, last, *leaves)]
+
+
+def meets(rule: Any, name: str, module: nn.Module, take: str) -> bool:
+    if isinstance(rule, str):
+        return name == rule or name.endswith(f".{rule}") or _fullmatch(rule, name, take)
+    if isinstance(rule, re.Pattern):
+        return rule.fullmatch(name) is not None
+    if isinstance(rule, type):
+        return isinstance(module, rule)
+    return callable(rule) and bool(rule(name, module))
+
+
+def _fullmatch(pattern: str, name: str, take: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error:
+        raise ValueError(f"{take} a name, a suffix or a valid regular expression, got {pattern!r}") from None

@@ -1,6 +1,7 @@
 """Healthy mixture-of-experts routers: distance-based gates, spectral penalties, load balancing."""
 
 from . import functional
+from .energy import HypersphericalEnergyPenalty
 from .gates import Gate, find_gates
 from .layers import penalize
 from .losses import LoadBalanceLoss
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Gate",
+    "HypersphericalEnergyPenalty",
     "LoadBalanceLoss",
     "MoEHandle",
     "PrototypeRouter",

@@ -9,6 +9,16 @@ import torch
 from torch import Tensor, nn
 
 
+def check_matrices(weight: Tensor) -> None:
+    """A clear error for what is no `(*, m, n)` of a floating dtype."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}; of a module pass .weight")
+    if weight.ndim < 2 or 0 in weight.shape[-2:]:
+        raise ValueError(f"weight must hold matrices, shape (*, m, n) with m, n >= 1, got shape {tuple(weight.shape)}")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be floating point, got {weight.dtype}; dequantise or convert it first")
+
+
 def by_shape(weights: list[Tensor]) -> tuple[list[list[Tensor]], list[list[int]]]:
     """Matrices of one shape, dtype and device together, in the order of first appearance, and their positions."""
     groups: dict[tuple[Any, ...], list[Tensor]] = {}

@@ -10,9 +10,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ._energy import hyperspherical_energy
+from ._matrices import check_matrices
 from ._spectrum import spectral_values
 
-__all__ = ["load_balance_loss", "spectral_norm", "spectral_rank_penalty", "stable_rank"]
+__all__ = ["hyperspherical_energy", "load_balance_loss", "spectral_norm", "spectral_rank_penalty", "stable_rank"]
 
 
 def spectral_norm(weight: Tensor) -> Tensor:
@@ -162,16 +164,6 @@ def expert_sums(probs: Tensor, mask: Tensor | None) -> Tensor:
         probs = torch.where(mask.bool()[..., None], probs, 0)
     dtype = probs.dtype if probs.dtype == torch.float64 else torch.float32
     return rearrange(probs, "... k -> (...) k").sum(0, dtype=dtype)
-
-
-def check_matrices(weight: Tensor) -> None:
-    """A clear error for what is no `(*, m, n)` of a floating dtype."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}; of a module pass .weight")
-    if weight.ndim < 2 or 0 in weight.shape[-2:]:
-        raise ValueError(f"weight must hold matrices, shape (*, m, n) with m, n >= 1, got shape {tuple(weight.shape)}")
-    if not weight.is_floating_point():
-        raise TypeError(f"weight must be floating point, got {weight.dtype}; dequantise or convert it first")
 
 
 def check_targets(sigma_target: float | Tensor, rank_target: float | None, relative: bool) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from ._matrices import as_matrix, by_shape, in_order, keep_precision, total
+from ._matrices import as_matrix, by_shape, check_matrices, in_order, keep_precision, total
 from ._spectrum import at_least_float32, fixed_start, full_precision, positive, spectral_values
 
 __all__ = ["SpectralNormPenalty"]
@@ -109,7 +109,7 @@ class SpectralNormPenalty(nn.Module):
         """For each group of matrices of equal shape: their penalties, and their positions."""
         groups, positions = by_shape([as_matrix(weight) for weight in weights])
         for group in groups:
-            functional.check_matrices(group[0])
+            check_matrices(group[0])
         if self.solver == "exact":
             norms = [spectral_values(group)[0] for group in groups]
         else:

@@ -1,9 +1,10 @@
-"""The slow, literal formulas of the paper (arXiv:2601.03889), in float64, one matrix or one token at a time.
+"""The slow, literal formulas of the paper (arXiv:2601.03889) and of its sisters, in float64, one matrix or one token at a time.
 
 The package is compared to these. They are built for reading: no batching, no shared work, no care for degenerate inputs
 beyond what the package documents. Gradients of the spectral values come from autograd through `svdvals`.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -115,3 +116,16 @@ def spectral_norm_penalty(weights: list[Tensor], sigma_target: float = 0.0, powe
         sigma = torch.linalg.svdvals(weight.double().reshape(len(weight), -1))[0]
         total = total + (sigma**power - sigma_target**power) ** 2
     return total
+
+
+def hyperspherical_energy(weight: Tensor, s: int, angular: bool, half_space: bool) -> Tensor:
+    """The mean over all pairs but a row with its own negative, a pair at a time, in float64; none may be closer than EPS."""
+    rows = [row / row.norm() for row in weight.double()]
+    signs = (1, -1) if half_space else (1,)
+    points = [(index, sign * row) for sign in signs for index, row in enumerate(rows)]
+    energies = []
+    for (i, one), (j, other) in itertools.combinations(points, 2):
+        if i != j:
+            r = torch.acos(one @ other) if angular else (one - other).norm()
+            energies.append(torch.log(1 / r) if s == 0 else r**-s)
+    return torch.stack(energies).mean() if energies else 0 * weight.double().sum()

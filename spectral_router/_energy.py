@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._matrices import check_matrices
-from ._spectrum import at_least_float32, full_precision
+from ._precision import at_least_float32, full_precision
 
 
 def hyperspherical_energy(

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ._energy import cosines
-from ._spectrum import full_precision
+from ._precision import full_precision
 
 _Int = TypeVar("_Int", int, Tensor)
 

@@ -17,11 +17,12 @@ batch of all in forward, kept for backward, where the gradient takes its place. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._precision import at_least_float32, full_precision
 
 # Squaring the Gram matrix k times makes 2^k power iterations out of k matmuls of (m, m). One iteration a call, the usual
 # choice for spectral normalisation, is not enough here: the penalty levels the top singular values, so the top direction
@@ -52,10 +53,6 @@ def fixed_start(batch: int, rows: int, like: Tensor) -> Tensor:
     steps = torch.arange(1, rows + 1, dtype=like.dtype, device=like.device)
     row = torch.sin(steps * steps)
     return (row / torch.linalg.vector_norm(row)).repeat(batch, 1)
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 class _SpectralValues(torch.autograd.Function):
@@ -180,11 +177,6 @@ def _power_iteration(gram: Tensor, start: Tensor) -> Tensor:
         u = (power @ u[..., None])[..., 0]
         u = u / positive(torch.linalg.vector_norm(u, dim=-1, keepdim=True))
     return u
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast off. Not even asked for where it is off already: on small gates that takes as long as the computation."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def positive(norm: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ._energy import check_energy, mean_energy
 from ._matrices import by_shape, check_matrices, in_order, keep_precision, total
+from ._precision import at_least_float32
 from ._projections import angles_kept, climb, mix, normal, project
-from ._spectrum import at_least_float32
 
 __all__ = ["HypersphericalEnergyPenalty"]
 

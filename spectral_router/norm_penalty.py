@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from . import functional
 from ._matrices import as_matrix, by_shape, check_matrices, in_order, keep_precision, total
-from ._spectrum import at_least_float32, fixed_start, full_precision, positive, spectral_values
+from ._precision import at_least_float32, full_precision
+from ._spectrum import fixed_start, positive, spectral_values
 
 __all__ = ["SpectralNormPenalty"]
 

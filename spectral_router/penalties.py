@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from . import functional
 from ._matrices import by_shape, check_matrices, in_order, keep_precision, matrices_in, total
-from ._spectrum import at_least_float32, fixed_start, spectral_values
+from ._precision import at_least_float32
+from ._spectrum import fixed_start, spectral_values
 
 __all__ = ["SpectralRankPenalty"]
 

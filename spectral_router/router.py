@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from ._precision import at_least_float32, full_precision
 
 __all__ = ["PrototypeRouter", "RouterOutput"]
 
@@ -125,7 +126,7 @@ class PrototypeRouter(nn.Module):
         """τ, a scalar tensor above 0, in float32 or better."""
         if self.log_temperature is None:
             return torch.tensor(self.initial_temperature, dtype=torch.float64)
-        return _full(self.log_temperature).exp()
+        return at_least_float32(self.log_temperature).exp()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -153,7 +154,7 @@ class PrototypeRouter(nn.Module):
             Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", 2007.
         """
         self._check(x)
-        points = _full(rearrange(x, "... d -> (...) d"))
+        points = at_least_float32(rearrange(x, "... d -> (...) d"))
         if len(points) < self.num_experts:
             raise ValueError(f"init_from needs at least num_experts={self.num_experts} vectors, got {len(points)}")
         if not points.isfinite().all():
@@ -173,7 +174,7 @@ class PrototypeRouter(nn.Module):
 
     def forward(self, x: Tensor) -> RouterOutput:
         self._check(x)
-        with _no_autocast(x.device.type):
+        with full_precision(x.device):
             dtype = torch.promote_types(torch.promote_types(x.dtype, self.prototypes.dtype), torch.float32)
             logits = self._logits(x.to(dtype), self.prototypes.to(dtype), self.temperature.to(dtype))
             probs = logits.softmax(-1)
@@ -206,7 +207,7 @@ class PrototypeRouter(nn.Module):
             return
         value = self.initial_temperature
         if isinstance(value, str):
-            norm = _full(self.prototypes).square().sum(-1).mean().sqrt()
+            norm = at_least_float32(self.prototypes).square().sum(-1).mean().sqrt()
             spread = {
                 "euclidean": norm / self.dim**0.5,
                 "sqeuclidean": 2 * norm,
@@ -255,7 +256,7 @@ class _DistanceLogits(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, prototypes, temperature, logits = ctx.saved_tensors
         grad_x = grad_prototypes = grad_temperature = None
-        with _no_autocast(x.device.type):
+        with full_precision(x.device):
             pull, scale = grad / _divisor(logits), temperature**-2
             if ctx.needs_input_grad[0]:
                 grad_x = (pull @ (scale * prototypes)).addcmul_(scale * pull.sum(-1, keepdim=True), x, value=-1)
@@ -287,12 +288,3 @@ def _divisor(logits: Tensor) -> Tensor:
 def _directions(vectors: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors / norm.masked_fill(norm <= _NO_DIRECTION, math.inf)
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _no_autocast(device: str) -> AbstractContextManager[Any]:
-    """Entered only where there is something to switch off: it would cost more than the arithmetic of a small batch."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

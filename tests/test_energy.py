@@ -8,6 +8,7 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_energy_penalty import KINDS, RANDOM
 from torch import Tensor, nn
 
 from spectral_router import HypersphericalEnergyPenalty
@@ -15,9 +16,6 @@ from spectral_router.functional import hyperspherical_energy
 
 ENERGIES = list(itertools.product((0, 1, 2), (False, True), (False, True)))
 EPS = 1e-4
-RANDOM = {"projection": "random", "projection_dim": 6, "num_projections": 3}
-LEARNED = [{"projection": "angle_preserving"}, {"projection": "adversarial"}]
-KINDS = pytest.mark.parametrize("options", [RANDOM, *LEARNED, {"groups": 3}], ids=["random", "angles", "adversary", "groups"])
 
 
 def apart(*shape: int, generator: torch.Generator | None = None) -> Tensor:

@@ -14,26 +14,9 @@ from spectral_router import HypersphericalEnergyPenalty, wrap_moe
 from spectral_router._projections import angles_kept, project
 from spectral_router.functional import hyperspherical_energy
 
-ENERGIES = list(itertools.product((0, 1, 2), (False, True), (False, True)))
-EPS = 1e-4
 RANDOM = {"projection": "random", "projection_dim": 6, "num_projections": 3}
 LEARNED = [{"projection": "angle_preserving"}, {"projection": "adversarial"}]
 KINDS = pytest.mark.parametrize("options", [RANDOM, *LEARNED, {"groups": 3}], ids=["random", "angles", "adversary", "groups"])
-
-
-def apart(*shape: int, generator: torch.Generator | None = None) -> Tensor:
-    """Random rows, none of them in the tangents' range."""
-    while True:
-        weight = torch.randn(shape, dtype=torch.float64, generator=generator)
-        unit = weight / weight.norm(dim=-1, keepdim=True)
-        cosines = (unit @ unit.mT).abs() - 2 * torch.eye(shape[-2])
-        if 2 - 2 * cosines.max() > 1e-3:
-            return weight
-
-
-def gradient(function, weight: Tensor) -> Tensor:
-    leaf = weight.detach().clone().requires_grad_()
-    return torch.autograd.grad(function(leaf).sum(), leaf)[0]
 
 
 def test_penalty_is_the_sum_over_gates() -> None:

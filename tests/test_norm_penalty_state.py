@@ -11,9 +11,9 @@ import reference
 import torch
 from moe_models import DIM, Block, Stack, tokens
 from norm_matrices import dominated, gradients, iterates, layers
+from operations import FACTORISING, SYNCHRONISING, Operations
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectral_router import SpectralNormPenalty, wrap_moe
 
@@ -98,18 +98,6 @@ def test_nothing_of_the_size_of_the_weights_is_kept_for_backward() -> None:
 # ------------------------------------------------------------------------------------------------------------- operations
 
 
-class Operations(TorchDispatchMode):
-    """Counts the operations that reach the device, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count[func.overloadpacket._qualified_op_name.removeprefix("aten::")] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def count(penalty: nn.Module, weights: list[nn.Parameter], *, warm: bool) -> Counter[str]:
     if warm:
         penalty(weights).backward()
@@ -118,10 +106,6 @@ def count(penalty: nn.Module, weights: list[nn.Parameter], *, warm: bool) -> Cou
     with Operations() as operations:
         penalty(weights).backward()
     return operations.count
-
-
-SYNCHRONISING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "unique"}
-FACTORISING = {"_linalg_eigh", "_linalg_eigvals", "linalg_eig", "_linalg_svd", "linalg_qr", "linalg_cholesky_ex"}
 
 
 @pytest.mark.parametrize("warm", [False, True], ids=["first call", "later call"])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ._precision import full_precision
 from ._scoring import SCORES
 
 Reads = Literal["logits", "probs", "input"]
@@ -98,7 +99,7 @@ class Gate:
         if self.reads == "input":
             tokens = first_tokens(args, kwargs, self.dim)
             tokens = tokens if self.index is None else tokens[self.index]
-            with torch.autocast(tokens.device.type, enabled=False):
+            with full_precision(tokens.device):
                 scores = self.logits(tokens)
         else:
             if isinstance(output, Tensor) != (self.position is None):

@@ -33,6 +33,8 @@ def by_shape(weights: list[Tensor]) -> tuple[list[list[Tensor]], list[list[int]]
         positions.setdefault(kind, []).append(position)
     if not groups:
         raise ValueError("weights must hold at least one matrix, got none")
+    for group in groups.values():
+        check_matrices(group[0])
     return list(groups.values()), list(positions.values())
 
 

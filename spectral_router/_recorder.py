@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ._advice import Advice
 from ._delivery import argument_names, by_name, loss_of, pass_on, share_of_step, token_mask, with_loss
 from ._gate import Gate, whole
+from ._precision import full_precision
 from .functional import expert_sums
 
 # Stand-ins of forwards whose backward never came are let go after so many further ones of the same gate.
@@ -188,7 +189,7 @@ class Recorder:
             return None
         device = calls[0].weight.device
         parts: list[Tensor] = []
-        with torch.autocast(device.type, enabled=False):
+        with full_precision(device):
             # of several calls the first one with a graph
             penalty = self._penalty({c.gate: c.weight for c in (*reversed(calls), *(c for c in reversed(calls) if c.live))})
             if penalty is not None:

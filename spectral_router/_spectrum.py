@@ -30,7 +30,7 @@ from ._precision import at_least_float32, full_precision
 _SQUARINGS = 12
 # Share of the fixed start vector in every start. Without it, a start that is zero (after a zero matrix), or exactly
 # orthogonal to the new top vector (diagonal matrices), would stay so for ever.
-_FIXED_SHARE = 1e-4
+FIXED_SHARE = 1e-4
 
 
 def spectral_values(weights: Sequence[Tensor], start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,7 +171,7 @@ def _power_iteration(gram: Tensor, start: Tensor) -> Tensor:
     for _ in range(_SQUARINGS):
         power = power @ power
         power.div_(positive(_trace(power))[:, None, None])
-    u = start + _FIXED_SHARE * fixed_start(len(start), start.shape[1], gram)
+    u = start + FIXED_SHARE * fixed_start(len(start), start.shape[1], gram)
     # twice: where the start holds next to nothing of the top direction, the first product is half rounding
     for _ in range(2):
         u = (power @ u[..., None])[..., 0]

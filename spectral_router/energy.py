@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ._energy import check_energy, mean_energy
-from ._matrices import by_shape, check_matrices, in_order, keep_precision, total
+from ._matrices import by_shape, in_order, keep_precision, total
 from ._precision import at_least_float32
 from ._projections import angles_kept, climb, mix, normal, project
 
@@ -139,8 +139,6 @@ class HypersphericalEnergyPenalty(nn.Module):
     def _terms(self, weights: list[Tensor]) -> tuple[list[Tensor], list[list[int]]]:
         """For each group of matrices of equal shape: their energies, and their positions."""
         groups, positions = by_shape(weights)
-        for group in groups:
-            check_matrices(group[0])
         batches = [at_least_float32(torch.stack(group).flatten(0, -3)) for group in groups]
         if self.projection is None and self.groups is None:
             return [self._energy(batch) for batch in batches], positions

@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from ._matrices import as_matrix, by_shape, check_matrices, in_order, keep_precision, total
+from ._matrices import as_matrix, by_shape, in_order, keep_precision, total
 from ._precision import at_least_float32, full_precision
-from ._spectrum import fixed_start, positive, spectral_values
+from ._spectrum import FIXED_SHARE, fixed_start, positive, spectral_values
 
 __all__ = ["SpectralNormPenalty"]
 
 # The least number of iterations of the first call. Later ones go on from there, as weights move little in a training step.
 _WARM_UP = 15
-# Share of the fixed start vector in every start, so that no start is zero or exactly orthogonal to the top direction.
-_FIXED_SHARE = 1e-4
 
 
 class SpectralNormPenalty(nn.Module):
@@ -109,8 +107,6 @@ class SpectralNormPenalty(nn.Module):
     def _terms(self, weights: list[Tensor]) -> tuple[list[Tensor], list[list[int]]]:
         """For each group of matrices of equal shape: their penalties, and their positions."""
         groups, positions = by_shape([as_matrix(weight) for weight in weights])
-        for group in groups:
-            check_matrices(group[0])
         if self.solver == "exact":
             norms = [spectral_values(group)[0] for group in groups]
         else:
@@ -126,7 +122,7 @@ class SpectralNormPenalty(nn.Module):
             with torch.no_grad():
                 v = fixed_start(len(batch), batch.shape[-1], batch)
                 if iterate is not None:
-                    v = iterate.to(v) + _FIXED_SHARE * v
+                    v = iterate.to(v) + FIXED_SHARE * v
                 u = _unit(_times(v, batch.mT))
                 for _ in range((max(_WARM_UP, self.iterations) if iterate is None else self.iterations) - 1):
                     u = _unit(_times(_unit(_times(u, batch)), batch.mT))

@@ -10,7 +10,7 @@ from einops import reduce
 from torch import Tensor, nn
 
 from . import functional
-from ._matrices import by_shape, check_matrices, in_order, keep_precision, matrices_in, total
+from ._matrices import by_shape, in_order, keep_precision, matrices_in, total
 from ._precision import at_least_float32
 from ._spectrum import fixed_start, spectral_values
 
@@ -96,8 +96,6 @@ class SpectralRankPenalty(nn.Module):
     def _terms(self, weights: list[Tensor]) -> tuple[list[Tensor], list[list[int]]]:
         """For each group of matrices of equal shape: their penalties, and their positions."""
         groups, positions = by_shape(weights)
-        for group in groups:
-            check_matrices(group[0])
         rank_targets = [functional.resolve_rank_target(self.rank_target, group[0], centered=self.center) for group in groups]
         self._remember(groups)
         terms, first = [], 0

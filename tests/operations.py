@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SYNCHRONISING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "unique"}
@@ -18,3 +19,14 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count[func.overloadpacket._qualified_op_name.removeprefix("aten::")] += 1
         return func(*args, **(kwargs or {}))
+
+
+def count(penalty: nn.Module, weights: list[nn.Parameter], *, warm: bool = True) -> Counter[str]:
+    """Operations of forward and backward, by default of a call that is not the first."""
+    if warm:
+        penalty(weights).backward()
+    for weight in weights:
+        weight.grad = None
+    with Operations() as operations:
+        penalty(weights).backward()
+    return operations.count

@@ -4,14 +4,13 @@ import copy
 import math
 import pickle
 import re
-from collections import Counter
 
 import pytest
 import reference
 import torch
 from moe_models import DIM, Block, Stack, tokens
 from norm_matrices import dominated, gradients, iterates, layers
-from operations import FACTORISING, SYNCHRONISING, Operations
+from operations import FACTORISING, SYNCHRONISING, count
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -96,16 +95,6 @@ def test_nothing_of_the_size_of_the_weights_is_kept_for_backward() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- operations
-
-
-def count(penalty: nn.Module, weights: list[nn.Parameter], *, warm: bool) -> Counter[str]:
-    if warm:
-        penalty(weights).backward()
-    for weight in weights:
-        weight.grad = None
-    with Operations() as operations:
-        penalty(weights).backward()
-    return operations.count
 
 
 @pytest.mark.parametrize("warm", [False, True], ids=["first call", "later call"])

@@ -2,11 +2,10 @@
 
 import copy
 import pickle
-from collections import Counter
 
 import pytest
 import torch
-from operations import FACTORISING, SYNCHRONISING, Operations
+from operations import FACTORISING, SYNCHRONISING, count
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -207,22 +206,11 @@ def test_state_dict_holds_anchors_but_no_iterates() -> None:
 # ------------------------------------------------------------------------------------------------------------- operations
 
 
-def count(options: dict[str, object], weights: list[nn.Parameter], *, warm: bool = True) -> Counter[str]:
-    penalty = SpectralRankPenalty(**options)
-    if warm:
-        penalty(weights).backward()
-    for weight in weights:
-        weight.grad = None
-    with Operations() as operations:
-        penalty(weights).backward()
-    return operations.count
-
-
 @OPTIONS
 @pytest.mark.parametrize("warm", [False, True], ids=["first call", "later call"])
 @pytest.mark.parametrize("shapes", [[(4, 16)], [(16, 4)], [(4, 16), (8, 32)]], ids=["fat", "tall", "two shapes"])
 def test_operations_do_not_grow_with_the_number_of_gates(options, warm: bool, shapes) -> None:
-    few, many = (count(options, gates(*(shapes * n)), warm=warm) for n in (2, 64))
+    few, many = (count(SpectralRankPenalty(**options), gates(*(shapes * n)), warm=warm) for n in (2, 64))
     # the rest is autograd's: to hand the gradient of a stack to its parts it takes a view (select, unbind before) of each
     # and detaches it into .grad. No arithmetic, no copy.
     growth = {name: many[name] - few[name] for name in many | few if many[name] != few[name]}
@@ -233,11 +221,11 @@ def test_operations_do_not_grow_with_the_number_of_gates(options, warm: bool, sh
 @pytest.mark.parametrize("warm", [False, True], ids=["first call", "later call"])
 @pytest.mark.parametrize("options", [{}, {"sigma_target": "initial", "relative": True}, {"center": True}])
 def test_power_is_matmuls_without_host_synchronisation(options, warm: bool) -> None:
-    seen = count({**options, "solver": "power"}, gates(*SHAPES), warm=warm)
+    seen = count(SpectralRankPenalty(**options, solver="power"), gates(*SHAPES), warm=warm)
     assert seen["bmm"] > 0
     assert not seen.keys() & (SYNCHRONISING | FACTORISING)
     # the same list does catch the exact solver
-    assert count(options, gates(*SHAPES)).keys() & FACTORISING
+    assert count(SpectralRankPenalty(**options), gates(*SHAPES)).keys() & FACTORISING
 
 
 @pytest.mark.parametrize("options", [{}, {"sigma_target": "initial", "relative": True}, {"center": True}])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ._precision import full_precision
+from ._precision import at_least_float32, full_precision
 from ._scoring import SCORES
 
 Reads = Literal["logits", "probs", "input"]
@@ -92,8 +92,8 @@ class Gate:
         shape = getattr(self.matrix, "ds_shape", self.matrix.shape)  # under ZeRO-3 the parameter itself is empty
         return shape[0] // self.num_experts if len(shape) == 1 else shape[-2 if self.transposed else -1]
 
-    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
-        """Probabilities `(*, K)` over all experts, in float32 or better, from one call of the module."""
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, logits: bool = False) -> Tensor:
+        """Probabilities `(*, K)` over all experts, or their logits, in float32 or better, from one call of the module."""
         if self.probs is not None:
             return self.probs(next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), output)
         if self.reads == "input":
@@ -109,8 +109,19 @@ class Gate:
                 )
             scores = whole(pick(output, self.position))
             scores = scores if scores.shape[-1] == self.num_experts else scores[..., : self.num_experts]
-        scores = scores if scores.dtype == torch.float64 else scores.float()
-        return scores if self.reads == "probs" else SCORES[self.scoring](scores)
+        if logits or self.reads == "probs":
+            # no view of the output, which the gate's caller is free to change in place
+            return scores.to(scores.dtype if scores.dtype == torch.float64 else torch.float32, copy=True)
+        return self.score(at_least_float32(scores))
+
+    def score(self, logits: Tensor) -> Tensor:
+        """What the gate makes of its logits: probabilities."""
+        return SCORES[self.scoring](logits)
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether one logit for each expert can be read."""
+        return self.probs is None and self.reads != "probs" and self.scoring != "product_keys"
 
     def logits(self, tokens: Tensor) -> Tensor:
         """W x + b for tokens `(*, D)`, in float32 or better."""

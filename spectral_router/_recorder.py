@@ -23,7 +23,7 @@ class Call(NamedTuple):
     """One call of a gate in one forward of the model."""
 
     gate: int  # its number
-    probs: Tensor | None  # None: the gate is frozen
+    scores: Tensor | None  # probabilities, or logits, as the balance loss reads them; None: the gate is frozen
     weight: Tensor
     layout: torch.Size  # of the gate's input
     live: bool = True  # False: stand-ins, which learn only if the call is run again
@@ -65,6 +65,7 @@ class Recorder:
         self.gates = gates
         self.penalty = penalty
         self.balance = balance
+        self.reads_logits = getattr(balance, "reads", "probs") == "logits"
         self.penalty_coef = penalty_coef
         self.balance_coef = balance_coef
         self.add_to_loss = add_to_loss
@@ -110,12 +111,12 @@ class Recorder:
             if self.step.open:
                 self.step.calls.append(Call(index, None, weight, tokens.shape))
             return None
-        probs = gate.read(args, kwargs, output)
+        scores = gate.read(args, kwargs, output, logits=self.reads_logits)
         if not self.step.open:
-            return self._again(index, probs, weight, output)
+            return self._again(index, scores, weight, output)
         if not with_graph:
-            probs, weight = self._stand_in(index, probs, weight)
-        self.step.calls.append(Call(index, probs, weight, tokens.shape, with_graph))
+            scores, weight = self._stand_in(index, scores, weight)
+        self.step.calls.append(Call(index, scores, weight, tokens.shape, with_graph))
         return None
 
     def finish(self, output: Any) -> Any:
@@ -159,16 +160,16 @@ class Recorder:
 
     # checkpointed layers ----------------------------------------------------------------------------------------------
 
-    def _stand_in(self, index: int, probs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _stand_in(self, index: int, scores: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Reentrant checkpointing, first pass: no graph. Leaves stand in for what the second pass will compute."""
         # for the weight too: DDP takes one gradient a parameter and backward, which is the second pass's
-        probs, weight = probs.detach().requires_grad_(), weight.detach().requires_grad_()
-        stand_ins = [probs, weight]
+        scores, weight = scores.detach().requires_grad_(), weight.detach().requires_grad_()
+        stand_ins = [scores, weight]
         waiting = self.step.deferred.get(index, [])
         self.step.deferred[index] = [*waiting[1 - _OUTSTANDING :], stand_ins]
-        return probs, weight
+        return scores, weight
 
-    def _again(self, index: int, probs: Tensor, weight: Tensor, output: Any) -> Any:
+    def _again(self, index: int, scores: Tensor, weight: Tensor, output: Any) -> Any:
         waiting = self.step.deferred.get(index)
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:  # no backward is running
             if not waiting:
@@ -177,10 +178,10 @@ class Recorder:
         if not waiting:
             return None
         # several forwards may wait for their backward: this one's stand-ins have the same values and, by now, gradients
-        here = [i for i, (before, *_) in enumerate(waiting) if len(waiting) == 1 or torch.equal(before, probs)]
+        here = [i for i, (before, *_) in enumerate(waiting) if len(waiting) == 1 or torch.equal(before, scores)]
         reached = [i for i in here if waiting[i][0].grad is not None]
         stand_ins = waiting.pop((reached or here or [-1])[-1])
-        return pass_on(stand_ins, [probs, weight], output, self.gates[index].name)
+        return pass_on(stand_ins, [scores, weight], output, self.gates[index].name)
 
     # the term ---------------------------------------------------------------------------------------------------------
 
@@ -196,12 +197,14 @@ class Recorder:
                 parts.append(self.penalty_coef * penalty)
             self.balances = {}
             for call in calls:
-                if call.probs is None:
+                if call.scores is None:
                     continue
-                mask = token_mask(arguments, self.gates[call.gate].name, call.probs, call.layout, self._two_sided)
-                self.shares[call.gate] = _share(call.probs.detach(), mask)
+                gate = self.gates[call.gate]
+                mask = token_mask(arguments, gate.name, call.scores, call.layout, self._two_sided)
+                scores = call.scores.detach()
+                self.shares[call.gate] = _share(gate.score(scores) if self.reads_logits else scores, mask)
                 if self.balance is not None:
-                    balance = self.balance(call.probs, mask)
+                    balance = self.balance(call.scores, mask)
                     self.balances[call.gate] = self.balances.get(call.gate, 0) + balance.detach()
                     parts.append(self.balance_coef * balance)
             if not parts:

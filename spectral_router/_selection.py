@@ -44,6 +44,17 @@ def select_gates(model: nn.Module, gates: Selector | None, exclude: Selector | N
     return chosen
 
 
+def refuse_without_logits(gates: list[Gate]) -> None:
+    """An error that names the gates which a balance loss of logits cannot read."""
+    without = [gate for gate in gates if not gate.has_logits]
+    if without:
+        raise ValueError(
+            'the balance loss reads logits (reads="logits"), but of these gates no logit for each expert can be read: '
+            f"{', '.join(f'{gate.name} ({gate.how})' for gate in without)}; leave them out with "
+            f"exclude={[gate.name for gate in without]}, or take a balance loss that reads probabilities"
+        )
+
+
 def _named(model: nn.Module, gates: Selector, found: list[Gate]) -> list[Gate]:
     chosen: list[Gate] = []
     modules = dict(model.named_modules())

@@ -1,4 +1,4 @@
-"""The maths of SR-MoE on tensors, equations 3 to 6, each as one function.
+"""The maths of SR-MoE on tensors, equations 3 to 6, and of its relatives, each as one function.
 
 Source of every equation number: Delibasoglu, "Spectral Manifold Regularization for Stable and Modular Routing in Deep MoE
 Architectures", arXiv:2601.03889. Shapes: `*` any leading dimensions, K experts, T tokens.
@@ -6,15 +6,27 @@ Architectures", arXiv:2601.03889. Shapes: `*` any leading dimensions, K experts,
 
 from __future__ import annotations
 
-import torch
-from einops import rearrange
 from torch import Tensor
 
+from ._balance import expert_sums as expert_sums
+from ._balance import importance_kl_loss, load_balance_loss, mutual_information_loss, router_z_loss, switch_loss
 from ._energy import hyperspherical_energy
 from ._matrices import check_matrices
+from ._orthogonality import orthogonality
 from ._spectrum import spectral_values
 
-__all__ = ["hyperspherical_energy", "load_balance_loss", "spectral_norm", "spectral_rank_penalty", "stable_rank"]
+__all__ = [
+    "hyperspherical_energy",
+    "importance_kl_loss",
+    "load_balance_loss",
+    "mutual_information_loss",
+    "orthogonality",
+    "router_z_loss",
+    "spectral_norm",
+    "spectral_rank_penalty",
+    "stable_rank",
+    "switch_loss",
+]
 
 
 def spectral_norm(weight: Tensor) -> Tensor:
@@ -36,6 +48,7 @@ def spectral_norm(weight: Tensor) -> Tensor:
     Source:
         the norm of equation 3.
 
+    >>> import torch
     >>> spectral_norm(torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]))
     tensor(4.)
     """
@@ -47,7 +60,7 @@ def stable_rank(weight: Tensor) -> Tensor:
 
     How many directions a matrix uses, softly: 1 when one direction holds all its energy, `min(m, n)` when all singular
     values are equal. Scale-free and never above the rank. Its gradient, (2/σ²)(W − R σ u vᵀ), is
-    zero at rank one: it keeps a router from collapsing, it does not revive one that has.
+    zero at rank one: it keeps a router from collapsing; out of a collapse only rounding leads.
 
     **Shape**
         - Input: `(*, m, n)`, floating point.
@@ -59,6 +72,7 @@ def stable_rank(weight: Tensor) -> Tensor:
     Source:
         equation 4.
 
+    >>> import torch
     >>> stable_rank(torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]))  # (9 + 16) / 16
     tensor(1.5625)
     """
@@ -103,6 +117,7 @@ def spectral_rank_penalty(
     Source:
         equations 3 + 5.
 
+    >>> import torch
     >>> spectral_rank_penalty(torch.eye(4, 16))
     tensor(0.)
     >>> spectral_rank_penalty(3 * torch.eye(4, 16))  # (3 - 1)^2
@@ -111,59 +126,6 @@ def spectral_rank_penalty(
     check_targets(sigma_target, rank_target, relative)
     sigma, rank = _values(weight)
     return deviation(sigma, rank, sigma_target, resolve_rank_target(rank_target, weight), relative)
-
-
-def load_balance_loss(probs: Tensor, mask: Tensor | None = None, *, unbiased: bool = False) -> Tensor:
-    """Squared coefficient of variation of the experts' mean probability.
-
-        L_div = (std(P) / mean(P))²,    P_i = (1/T) Σ_t w_i(t)
-
-    0 when every expert gets the same share, `K - 1` (`K` if `unbiased`) when one expert gets everything. It depends on the
-    shares only, so rows need not sum to one. No tokens, or one expert, gives 0.
-
-    NOTE[DIFF]: The paper does not say which std. The default divides by K, which is also what makes K = 1 well defined;
-    `unbiased=True` divides by K - 1, as `torch.std` does.
-
-    **Shape**
-        - probs: `(*, K)`, the probabilities over ALL experts, at least 0, of any floating dtype; summed in float32 or better.
-        - mask: `(*)`, bool or 0/1; True (1) marks the tokens that count. Masked rows are never read, whatever they hold.
-        - Output: scalar, float32 or float64, in `[0, K - 1]` (`[0, K]`); NaN if a counted row holds NaN.
-
-    Raises:
-        ValueError: no expert dimension, or a mask of another shape than `(*)`.
-        TypeError: probs not floating point.
-
-    Source:
-        equation 6.
-
-    >>> load_balance_loss(torch.tensor([[0.5, 0.5], [0.5, 0.5]]))
-    tensor(0.)
-    >>> load_balance_loss(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
-    tensor(1.)
-    """
-    importance = expert_sums(probs, mask)
-    mean = importance.mean()
-    share = importance / torch.where(mean == 0, 1, mean)
-    return share.var(correction=int(unbiased and len(share) > 1))
-
-
-def expert_sums(probs: Tensor, mask: Tensor | None) -> Tensor:
-    """Probabilities `(*, K)` summed over the tokens that count, `(K)` in float32 or float64, or a clear error."""
-    if not isinstance(probs, Tensor):
-        raise TypeError(f"probs must be a tensor, got {type(probs).__name__}; of a RouterOutput pass .probs")
-    if probs.ndim < 1 or probs.shape[-1] < 1:
-        raise ValueError(f"probs must have shape (*, experts) with at least one expert, got shape {tuple(probs.shape)}")
-    if not probs.is_floating_point():
-        raise TypeError(f"probs must be floating point, got {probs.dtype}; pass probabilities, not expert indices")
-    if mask is not None:
-        if mask.shape != probs.shape[:-1]:
-            raise ValueError(
-                f"mask must have the shape of probs without its last dimension, {tuple(probs.shape[:-1])}, "
-                f"got {tuple(mask.shape)}; reshape it to one entry a token"
-            )
-        probs = torch.where(mask.bool()[..., None], probs, 0)
-    dtype = probs.dtype if probs.dtype == torch.float64 else torch.float32
-    return rearrange(probs, "... k -> (...) k").sum(0, dtype=dtype)
 
 
 def check_targets(sigma_target: float | Tensor, rank_target: float | None, relative: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ._precision import at_least_float32, full_precision
+from ._route import Controller, RouterOutput, check_top_k, route
 
 __all__ = ["PrototypeRouter", "RouterOutput"]
 
@@ -18,21 +19,6 @@ Metric = Literal["euclidean", "sqeuclidean", "cosine", "dot"]
 _METRICS = ("euclidean", "sqeuclidean", "cosine", "dot")
 # Up to this norm a vector has no direction to speak of: its cosines, and their gradients, are zero instead of huge.
 _NO_DIRECTION = 1e-6
-
-
-class RouterOutput(NamedTuple):
-    """What a router returns for inputs `(*, D)`.
-
-    logits: `(*, K)`, raw scores divided by the temperature, float32 or float64.
-    probs: `(*, K)`, softmax of the logits over ALL experts, same dtype. The balance loss reads these.
-    weights: `(*, top_k)`, or `(*, K)` for soft routing: combine weights, rows sum to one, in the dtype of the input.
-    indices: the same shape, int64: the experts that the weights belong to, best first; for soft routing 0 ... K-1.
-    """
-
-    logits: Tensor
-    probs: Tensor
-    weights: Tensor
-    indices: Tensor
 
 
 class PrototypeRouter(nn.Module):
@@ -63,6 +49,7 @@ class PrototypeRouter(nn.Module):
             "sqeuclidean": 2 z·μ_i − ‖μ_i‖², which is −‖z − μ_i‖² up to ‖z‖², the same for every expert: equal probs,
             cheaper, and more exact near a prototype;
             "cosine": the cosine of the angle; "dot": z·μ_i, the usual linear gate without bias.
+        controller: `ImportanceConstraint`, `LossFreeBias` or a module like them, this router's own: it says who may be chosen.
 
     NOTE[DIFF]: The paper says that bounding the spectral norm bounds the Lipschitz constant of the routing. That holds for
     "sqeuclidean" and "dot". With the unsquared distance of equation 2 each score changes by at most 1/τ per unit
@@ -94,14 +81,14 @@ class PrototypeRouter(nn.Module):
         temperature: float | Literal["auto"] = 1.0,
         learnable_temperature: bool = False,
         metric: Metric = "euclidean",
+        controller: Controller | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if dim < 1 or num_experts < 1:
             raise ValueError(f"dim and num_experts must be at least 1, got {dim=}, {num_experts=}")
-        if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= num_experts):
-            raise ValueError(f"top_k must be between 1 and num_experts, got {top_k=}, {num_experts=}")
+        check_top_k(top_k, num_experts)
         if metric not in _METRICS:
             raise ValueError(f"metric must be one of {', '.join(_METRICS)}, got {metric=}")
         if temperature != "auto" and not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
@@ -110,6 +97,7 @@ class PrototypeRouter(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
         self.metric: Metric = metric
+        self.controller = controller
         self.initial_temperature = temperature
         self.prototypes = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
         self.log_temperature: Tensor | None
@@ -177,15 +165,7 @@ class PrototypeRouter(nn.Module):
         with full_precision(x.device):
             dtype = torch.promote_types(torch.promote_types(x.dtype, self.prototypes.dtype), torch.float32)
             logits = self._logits(x.to(dtype), self.prototypes.to(dtype), self.temperature.to(dtype))
-            probs = logits.softmax(-1)
-            if self.top_k is None:
-                weights = probs
-                indices = torch.arange(self.num_experts, device=x.device).expand(probs.shape)
-            else:
-                best, indices = logits.topk(self.top_k, dim=-1)
-                # the chosen probs renormalised, with their own rounding only
-                weights = best.softmax(-1)
-        return RouterOutput(logits, probs, weights.to(x.dtype), indices)
+        return route(logits, self.top_k, controller=self.controller, dtype=x.dtype)
 
     def _logits(self, x: Tensor, prototypes: Tensor, temperature: Tensor) -> Tensor:
         # the temperature divides the prototypes where it can: there are far fewer of them than of scores

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from ._hooks import AfterModel, AtGate, BeforeModel, Hook
 from ._metrics import measure
 from ._recorder import Recorder, Step
-from ._selection import Selector, select_gates
+from ._selection import Selector, refuse_without_logits, select_gates
 from .losses import LoadBalanceLoss
 from .penalties import SpectralRankPenalty
 
@@ -157,7 +157,8 @@ def wrap_moe(
             `SpectralRankPenalty("initial", relative=True)`; None is none.
         balance: reads probabilities: a callable (probs (tokens, experts), mask or None) -> scalar, called once for each call
             of a gate, never on pooled layers. "default" is a new `LoadBalanceLoss()`; None is none. Where the model is called
-            with an `attention_mask`, padding is masked out.
+            with an `attention_mask`, padding is masked out. One with the attribute `reads = "logits"`, as `RouterZLoss`,
+            gets the gate's logits (tokens, experts) instead.
         penalty_coef: α of equation 7, at least 0.
         balance_coef: β of equation 7, at least 0.
         gates: None finds them all (`find_gates`); or a name or its suffix, a regular expression that matches the full
@@ -169,8 +170,8 @@ def wrap_moe(
         `MoEHandle`: the term, measurements, state, and `remove()`; also a context manager.
 
     Raises:
-        ValueError: no gate found or matched (the message lists near misses), a coefficient below 0, or a model
-            that is wrapped already.
+        ValueError: no gate found or matched (the message lists near misses), a coefficient below 0, a model that is wrapped
+            already, or a balance loss of logits on a gate that gives probabilities only.
         TypeError: a selector, penalty or balance of the wrong kind.
 
     Warns:
@@ -207,10 +208,14 @@ def wrap_moe(
     for name, part in (("penalty", penalty), ("balance", balance)):
         if part is not None and not callable(part):
             raise TypeError(f'{name} must be a callable, "default" or None, got {part!r}')
+    if (reads := getattr(balance, "reads", "probs")) not in ("probs", "logits"):
+        raise ValueError(f'the attribute reads of a balance loss must be "probs" or "logits", got {reads=}')
     root, compiled = _inside(model)
     if MoEHandle.of(root) is not None:
         raise ValueError(f"{type(root).__name__} is wrapped already; call MoEHandle.of(model).remove() first")
     chosen = select_gates(root, gates, exclude)
+    if reads == "logits":
+        refuse_without_logits(chosen)
     handle = MoEHandle(root, chosen, penalty, balance, penalty_coef, balance_coef, add_to_loss)
     if compiled:
         handle.advice.compiled([type(root).__name__])

@@ -129,3 +129,158 @@ def hyperspherical_energy(weight: Tensor, s: int, angular: bool, half_space: boo
             r = torch.acos(one @ other) if angular else (one - other).norm()
             energies.append(torch.log(1 / r) if s == 0 else r**-s)
     return torch.stack(energies).mean() if energies else 0 * weight.double().sum()
+
+
+def combine_weights(logits: list[float], choice: list[float], top_k: int | None) -> list[float]:
+    """Of one token, for every expert: the softmax of the choice, or of the logits of the top_k chosen, closed ones at 0."""
+    experts = range(len(logits))
+    chosen = experts if top_k is None else sorted(experts, key=lambda expert: -choice[expert])[:top_k]
+    score = choice if top_k is None else logits
+    open_ones = [expert for expert in chosen if choice[expert] > -math.inf]
+    top = max(score[expert] for expert in open_ones)
+    odds = [math.exp(score[expert] - top) if expert in open_ones else 0.0 for expert in experts]
+    return [value / sum(odds) for value in odds]
+
+
+def importance_constraint(
+    steps: list[Tensor], top_k: int | None, bound: float, kind: str, momentum: float | None = None
+) -> list[tuple[list[bool], list[list[float]], list[float], float]]:
+    """For each step's logits (T, K): who was open, the weights, the state after it, and how near an expert was to the bound."""
+    num_experts = steps[0].shape[-1]
+    state, counted, found = [0.0] * num_experts, 0, []
+    for logits in steps:
+        excess = [value if kind == "relative" else value - 1 / num_experts for value in state]
+        opened = [value <= bound for value in excess]
+        importance, rows = [0.0] * num_experts, []
+        for row in logits.double().tolist():
+            choice = [logit if is_open else -math.inf for logit, is_open in zip(row, opened, strict=True)]
+            rows.append(combine_weights(row, choice, top_k))
+            for expert in range(num_experts):
+                importance[expert] += rows[-1][expert]
+        mean = sum(importance) / num_experts
+        if rows:
+            counted += 1
+            for expert in range(num_experts):
+                if kind == "relative":
+                    state[expert] += (importance[expert] - mean) / mean
+                else:
+                    newest = max(1 / counted, momentum or 0.0)
+                    state[expert] = (1 - newest) * state[expert] + newest * importance[expert] / sum(importance)
+        found.append((opened, rows, list(state), min(abs(value - bound) for value in excess)))
+    return found
+
+
+def loss_free_bias(steps: list[Tensor], top_k: int | None, rate: float) -> list[tuple[list[list[float]], list[float]]]:
+    """For each step's logits (T, K): the weights, and the bias after it."""
+    num_experts = steps[0].shape[-1]
+    bias, found = [0.0] * num_experts, []
+    for logits in steps:
+        load, rows = [0.0] * num_experts, []
+        for row in logits.double().tolist():
+            choice = [logit + one for logit, one in zip(row, bias, strict=True)]
+            rows.append(combine_weights(row, choice, top_k))
+            for expert in range(num_experts):
+                if top_k is None or top_k == num_experts:
+                    load[expert] += rows[-1][expert]
+                elif expert in sorted(range(num_experts), key=lambda one: -choice[one])[:top_k]:
+                    load[expert] += 1
+        for expert in range(num_experts):
+            off = sum(load) / num_experts - load[expert]
+            bias[expert] += rate * (1 if off > 1e-9 else -1 if off < -1e-9 else 0)
+        found.append((rows, list(bias)))
+    return found
+
+
+def _counted(rows: Tensor, mask: Tensor | None) -> list[list[float]]:
+    """(*, K) -> the rows that count, as lists of float64."""
+    listed = rows.detach().double().reshape(math.prod(rows.shape[:-1]), rows.shape[-1]).tolist()
+    keep = [True] * len(listed) if mask is None else [bool(entry) for entry in mask.reshape(-1).tolist()]
+    return [row for row, kept in zip(listed, keep, strict=True) if kept]
+
+
+def importance_kl_loss(probs: Tensor, mask: Tensor | None = None) -> float:
+    """sum_i P_i log(K P_i), with P_i the share that expert i has of all probability (arXiv:2204.10598)."""
+    importance = [sum(column) for column in zip(*_counted(probs, mask), strict=True)]
+    if sum(importance) == 0:
+        return 0.0
+    shares = [value / sum(importance) for value in importance]
+    return sum(share * math.log(len(shares) * share) for share in shares if share > 0)
+
+
+def mutual_information_loss(probs: Tensor, mask: Tensor | None = None) -> float:
+    """-sum_ti p_ti log(p_ti / (p_t p_i)), the entries over their sum read as joint probabilities of token and expert."""
+    rows = _counted(probs, mask)
+    total = sum(map(sum, rows))
+    columns = [sum(column) for column in zip(*rows, strict=True)]
+    information = 0.0
+    for row in rows:
+        for entry, column in zip(row, columns, strict=True):
+            if entry > 0:
+                information += entry / total * math.log(entry * total / (sum(row) * column))
+    return -information
+
+
+def switch_loss(probs: Tensor, mask: Tensor | None = None, top_k: int = 1) -> float:
+    """K sum_i f_i P_i (arXiv:2101.03961, equation 4), f_i the share of the T top_k assignments that expert i gets."""
+    rows, num_experts = _counted(probs, mask), probs.shape[-1]
+    total = 0.0
+    for expert in range(num_experts):
+        assigned = 0
+        for row in rows:
+            assigned += sum(other > row[expert] for other in row) < top_k  # for rows without ties
+        if rows:
+            total += assigned / (len(rows) * top_k) * sum(row[expert] for row in rows) / len(rows)
+    return num_experts * total
+
+
+def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> float:
+    """Mean of (log sum_i exp x_i)^2 (arXiv:2202.08906, equation 5)."""
+    rows = _counted(logits, mask)
+    squares = []
+    for row in rows:
+        largest = max(row)
+        squares.append((largest + math.log(sum(math.exp(logit - largest) for logit in row))) ** 2)
+    return sum(squares) / len(squares) if squares else 0.0
+
+
+def orthogonality(weight: Tensor, form: str) -> Tensor:
+    """"so": |WW' - I|_F^2; "simbal": its entries' absolute sum; "ernie": mean squared entry for rows of length one."""
+    rows = list(weight.double())
+    if form == "ernie":
+        rows = [row / row.norm() if row.norm() > 0 else 0 * row for row in rows]
+    total = torch.zeros((), dtype=torch.float64)
+    for i, one in enumerate(rows):
+        for j, other in enumerate(rows):
+            off = one @ other - (1.0 if i == j else 0.0)
+            total = total + (off.abs() if form == "simbal" else off**2)
+    return total / len(rows) ** 2 if form == "ernie" else total
+
+
+def polar_factor(weight: Tensor) -> Tensor:
+    """U V' of the singular value decomposition W = U S V', without the directions in which S is zero."""
+
+    def one(matrix: Tensor) -> Tensor:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        kept = values > 1e-12 * values[0]
+        return left[:, kept] @ right[kept]
+
+    matrices = weight.double().reshape(-1, *weight.shape[-2:])
+    return torch.stack([one(matrix) for matrix in matrices]).reshape(weight.shape)
+
+
+def collapsed_rows(weight: Tensor, share: list[float] | None, tolerance: float, dead: float) -> list[bool]:
+    """Which rows are dead, by norm or share, or repeat an earlier row that is neither; units of the finite rows' RMS norm."""
+    rows = weight.double().tolist()
+    norms = [math.hypot(*row) for row in rows]
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    unit = math.sqrt(sum(norm**2 for norm in finite) / len(finite)) if finite else 0.0
+    collapsed = []
+    for i, norm in enumerate(norms):
+        collapsed.append(not math.isfinite(norm) or norm <= tolerance * unit)
+        if share is not None and share[i] < dead * sum(share) / len(share):
+            collapsed[i] = True
+    dead_rows = list(collapsed)
+    for i, j in itertools.combinations(range(len(rows)), 2):
+        if not dead_rows[i] and math.dist(rows[i], rows[j]) <= tolerance * unit:
+            collapsed[j] = True
+    return collapsed

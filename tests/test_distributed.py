@@ -14,7 +14,7 @@ import distributed_accelerate
 import pytest
 from distributed_worker import names, run
 
-ENGINES = ["distributed_ddp", "distributed_fsdp", "distributed_tp"]
+ENGINES = ["distributed_controllers", "distributed_ddp", "distributed_fsdp", "distributed_tp"]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""LoadBalanceLoss(sync=True): every rank has the loss of the global batch, and the mean of the ranks' gradients is its own."""
+"""Balance losses with sync=True: every rank has that of the global batch, and the mean of the ranks' gradients is its own."""
 
 import itertools
 import warnings
@@ -12,8 +12,15 @@ from distributed_worker import names, run
 from torch import Tensor
 
 from spectral_router import LoadBalanceLoss
-from spectral_router.functional import load_balance_loss
+from spectral_router.losses import ImportanceKLLoss, MutualInformationLoss, SwitchLoss
 
+LOSSES = {
+    "biased": LoadBalanceLoss,
+    "unbiased": partial(LoadBalanceLoss, unbiased=True),
+    "kl": ImportanceKLLoss,
+    "mi": MutualInformationLoss,
+    "switch": partial(SwitchLoss, 2),
+}
 CLOSE = {torch.float64: 1e-12, torch.bfloat16: 1e-2}
 SIZES = {"uneven": (7, 2), "empty": (7, 0), "nothing": (0, 0)}  # tokens of each rank
 
@@ -26,17 +33,15 @@ def shares(sizes: tuple[int, int], masked: bool) -> list[tuple[Tensor, Tensor | 
     return list(zip(x, masks, strict=True))
 
 
-def check(
-    rank: int, *, sizes: tuple[int, int], masked: bool, unbiased: bool, dtype: torch.dtype, compiled: bool = False
-) -> float:
+def check(rank: int, *, sizes: tuple[int, int], masked: bool, kind: str, dtype: torch.dtype, compiled: bool = False) -> float:
     weight = torch.linspace(-1, 1, 12).reshape(3, 4).requires_grad_()
     parts = [((x @ weight).softmax(-1).to(dtype), mask) for x, mask in shares(sizes, masked)]
     probs = torch.cat([probs for probs, _ in parts], 1)
     mask = torch.cat([mask for _, mask in parts], 1) if masked else None
-    expected = load_balance_loss(probs, mask, unbiased=unbiased)
+    expected = LOSSES[kind]()(probs, mask)
     wanted = torch.autograd.grad(expected, weight, retain_graph=True)[0]
-    assert (expected > 0) == (sum(sizes) > 0)
-    loss = LoadBalanceLoss(unbiased=unbiased, sync=True)
+    assert (expected != 0) == (sum(sizes) > 0)
+    loss = LOSSES[kind](sync=True)
     if compiled:
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)  # the compiler's
         loss = torch.compile(loss, backend="aot_eager", fullgraph=True)
@@ -44,25 +49,28 @@ def check(
     assert value.dtype == expected.dtype
     grad = torch.autograd.grad(value, weight)[0]
     dist.all_reduce(grad)
-    errors = [abs(value - expected) / expected.clamp_min(1e-9), (grad / 2 - wanted).norm() / wanted.norm().clamp_min(1e-9)]
-    return max(errors).item() / CLOSE[dtype]
+    off, off_grad = abs(value - expected) / expected.abs().clamp_min(1e-9), (grad / 2 - wanted).norm()
+    return max(off, off_grad / wanted.norm().clamp_min(1e-9)).item() / CLOSE[dtype]
 
 
 def nan_on_one_rank(rank: int) -> float:
-    """One NaN is everyone's."""
+    """A NaN on one is everyone's."""
     probs = torch.full((3, 4), 0.25)
     probs[0, 0] = float("nan") if rank == 0 else 0.25
-    return 0.0 if LoadBalanceLoss(sync=True)(probs).isnan() else 2.0
+    return 0.0 if all(loss(sync=True)(probs).isnan() for loss in LOSSES.values()) else 2.0
 
 
 CHECKS = {
-    f"{size}-{'masked' if masked else 'all'}-{'unbiased' if unbiased else 'biased'}-{str(dtype)[6:]}": partial(
-        check, sizes=SIZES[size], masked=masked, unbiased=unbiased, dtype=dtype
+    f"{size}-{'masked' if masked else 'all'}-{kind}-{str(dtype)[6:]}": partial(
+        check, sizes=SIZES[size], masked=masked, kind=kind, dtype=dtype
     )
-    for size, masked, unbiased, dtype in itertools.product(SIZES, (False, True), (False, True), (torch.float64, torch.bfloat16))
+    for size, masked, kind, dtype in itertools.product(SIZES, (False, True), LOSSES, (torch.float64, torch.bfloat16))
 }
 CHECKS["NaN"] = nan_on_one_rank
-CHECKS["compiled"] = partial(check, sizes=SIZES["uneven"], masked=True, unbiased=False, dtype=torch.float64, compiled=True)
+for _kind in LOSSES:
+    CHECKS[f"compiled-{_kind}"] = partial(
+        check, sizes=SIZES["uneven"], masked=True, kind=_kind, dtype=torch.float64, compiled=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +86,13 @@ def test_two_processes(two: dict[str, float | str], name: str) -> None:
 
 @pytest.mark.parametrize("group", [False, True], ids=["no group", "a group of one"])
 @pytest.mark.parametrize("mask", [None, torch.tensor([[True, False, True], [False, True, True]])], ids=["all", "mask"])
-def test_alone_it_changes_nothing(tmp_path: Path, group: bool, mask: Tensor | None) -> None:
+@pytest.mark.parametrize("kind", LOSSES)
+def test_alone_it_changes_nothing(tmp_path: Path, group: bool, mask: Tensor | None, kind: str) -> None:
     if group:
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         probs = torch.rand(2, 3, 4, dtype=torch.float64, requires_grad=True)
-        values = [LoadBalanceLoss(sync=sync)(probs, mask) for sync in (False, True)]
+        values = [LOSSES[kind](sync=sync)(probs, mask) for sync in (False, True)]
         torch.testing.assert_close(*values)
         torch.testing.assert_close(*(torch.autograd.grad(value, probs)[0] for value in values))
     finally:

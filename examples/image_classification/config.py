@@ -12,6 +12,8 @@ import torch
 
 from spectral_router.functional import spectral_rank_penalty
 
+from .terms import BALANCES, CONTROLLERS, INPLACE, PENALTIES
+
 
 class ExperimentError(Exception):
     """Bad input or a failing disk: one sentence for the user, no traceback."""
@@ -19,8 +21,8 @@ class ExperimentError(Exception):
 
 class RouterSpec(NamedTuple):
     gate: str  # "linear" or "prototype"
-    balance: bool  # beta * L_div in the loss
-    spectral: bool  # alpha * (L_sn + L_rank) in the loss
+    balance: bool  # what --balance names: by default beta * L_div in the loss
+    spectral: bool  # what --penalty names: by default alpha * (L_sn + L_rank) in the loss
 
 
 # Whether the paper's baseline and clustering rows used L_div is not said; the controls tell its effect from the gate's.
@@ -75,11 +77,16 @@ class Config:
         "auto", 'tau of the prototype routers, or "auto": scores of standard deviation 1 at the start', type=_number_or("auto")
     )
     metric: str = _flag("euclidean", "score of the prototype routers: euclidean, sqeuclidean, cosine, dot")
-    alpha: float = _flag(0.01, "coefficient of the spectral penalty")
+    penalty: str = _flag("rank", f"what the spectral routers have: {', '.join((*PENALTIES, *INPLACE))}; docs/comparison.md")
+    balance: str = _flag("cv2", f"what the balanced routers have: {', '.join((*BALANCES, *CONTROLLERS))}")
+    alpha: float = _flag(0.01, "coefficient of the penalty")
     beta: float = _flag(0.1, "coefficient of the balance loss, summed over layers")
     sigma_target: float | str = _flag(1.0, 'target of the spectral norm, or "initial"', type=_number_or("initial"))
     rank_target: float | None = _flag(None, "target of the stable rank (default: min(experts, dim))", type=float)
     relative: bool = _flag(False, "divide the penalty's deviations by their targets")
+
+    bound: float = _flag(0.5, "of the constraints, relative and mean: excess of importance above which an expert is closed")
+    bias_rate: float = _flag(1e-3, "of the loss-free bias: its change a step")
 
     seeds: int = _flag(3, "how many seeds, 0 ... seeds-1; each draws its own split, initial weights and batches")
     epochs: int = _flag(12, "epochs of training; the last epoch's model is used")
@@ -107,16 +114,18 @@ class Config:
         for name in ("image_size", "samples_per_class"):
             value = getattr(self, name)
             _require(value is None or value >= 8, name, "at least 8", value)
-        for name in ("lr", "oneshot_lr"):
+        for name in ("lr", "oneshot_lr", "bias_rate"):
             value = getattr(self, name)
             _require(0 < value < float("inf"), name, "a finite number above 0", value)
-        for name in ("alpha", "beta"):
+        for name in ("alpha", "beta", "bound"):
             _require(0 <= getattr(self, name) < float("inf"), name, "a finite number of at least 0", getattr(self, name))
         choices = {
             "scope": ("all", "experts", "path"),
             "oneshot_optimizer": ("adam", "sgd"),
             "augment": (None, "none", "shift", "flip"),
             "stem_norm": ("batch", "none"),
+            "penalty": (*PENALTIES, *INPLACE),
+            "balance": (*BALANCES, *CONTROLLERS),
             "metric": ("euclidean", "sqeuclidean", "cosine", "dot"),
         }
         for name, allowed in choices.items():
@@ -125,6 +134,10 @@ class Config:
         for router in self.routers:
             _require(router in ROUTERS, "routers", "any of " + ", ".join(ROUTERS), router)
         _require(len(set(self.routers)) == len(self.routers), "routers", "each named once", " ".join(self.routers))
+        if self.penalty == "project":
+            _require(
+                not isinstance(self.sigma_target, str), "sigma_target", "a number for --penalty project", self.sigma_target
+            )
         if not isinstance(self.temperature, str):
             _require(0 < self.temperature < float("inf"), "temperature", 'a finite number above 0, or "auto"', self.temperature)
         try:
@@ -154,41 +167,52 @@ class Options(NamedTuple):
     overwrite: bool
 
 
-def parse(arguments: list[str] | None = None) -> tuple[Config, Options]:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.image_classification",
-        allow_abbrev=False,  # --seed 7 must not mean --seeds 7
-        description="Train mixture-of-experts image classifiers with the routers of SR-MoE (arXiv:2601.03889), run the paper's "
-        "one-shot adaptation test, and leave tables, figures and results.json in --out.",
-    )
-    parser.add_argument(
-        "--preset", choices=PRESETS, help="the paper's set-ups, for --data with enough images: " + str(PRESETS).replace("'", "")
-    )
+def parser(prog: str, description: str, out: str, without: tuple[str, ...] = (), **defaults: Any) -> argparse.ArgumentParser:
+    """A flag for each field of Config but those `without`, with Config's defaults but for `defaults`."""
+    flags = argparse.ArgumentParser(prog=prog, allow_abbrev=False, description=description)  # --seed 7 must not mean --seeds 7
     for item in dataclasses.fields(Config):
+        if item.name in without:
+            continue
         options = dict(item.metadata)
         text = options.pop("help")
-        default = item.default
+        default = defaults.get(item.name, item.default)
         if "(default:" not in text:
             text += f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
         text = text.replace("%", "%%")
         name = "--" + item.name.replace("_", "-")
         if isinstance(default, bool):
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            flags.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
             options.setdefault("type", type(default))
-            parser.add_argument(name, default=argparse.SUPPRESS, help=text, **options)
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/image_classification"), help="folder of the results (default: %(default)s)"
-    )
-    again = parser.add_mutually_exclusive_group()
+            flags.add_argument(name, default=argparse.SUPPRESS, help=text, **options)
+    flags.add_argument("--out", type=Path, default=Path(out), help="folder of the results (default: %(default)s)")
+    again = flags.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in --out where it stopped")
     again.add_argument("--overwrite", action="store_true", help="delete the run in --out first")
-    given = vars(parser.parse_args(arguments))
+    return flags
+
+
+def settle(given: dict[str, Any], **defaults: Any) -> tuple[Config, Options]:
+    """Config and Options of the flags that were given."""
     where = Options(given.pop("out"), given.pop("resume"), given.pop("overwrite"))
-    preset = given.pop("preset")
-    config = Config(**{**(PRESETS[preset] if preset else {}), **given})
+    config = Config(**{**defaults, **given})
     config.validate()
     return config, where
+
+
+def parse(arguments: list[str] | None = None) -> tuple[Config, Options]:
+    flags = parser(
+        "python -m examples.image_classification",
+        "Train mixture-of-experts image classifiers with the routers of SR-MoE (arXiv:2601.03889), run the paper's "
+        "one-shot adaptation test, and leave tables, figures and results.json in --out.",
+        "runs/image_classification",
+    )
+    flags.add_argument(
+        "--preset", choices=PRESETS, help="the paper's set-ups, for --data with enough images: " + str(PRESETS).replace("'", "")
+    )
+    given = vars(flags.parse_args(arguments))
+    preset = given.pop("preset")
+    return settle(given, **(PRESETS[preset] if preset else {}))
 
 
 def _require(holds: bool, name: str, rule: str, value: object) -> None:

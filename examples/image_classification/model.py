@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectral_router import PrototypeRouter, RouterOutput
+from spectral_router import ImportanceConstraint, LossFreeBias, PrototypeRouter, RouterOutput, route
 
-from .config import ROUTERS, Config
+from . import terms
+from .config import ROUTERS, Config, RouterSpec
 
 STEM_WIDTHS = (32, 64, 128)
 
@@ -19,16 +20,15 @@ STEM_WIDTHS = (32, 64, 128)
 class LinearRouter(nn.Module):
     """The baseline: w = softmax(W z + b), over all experts."""
 
-    def __init__(self, dim: int, num_experts: int) -> None:
+    def __init__(self, dim: int, num_experts: int, controller: ImportanceConstraint | LossFreeBias | None = None) -> None:
         super().__init__()
         self.gate = nn.Linear(dim, num_experts)
+        self.controller = controller
 
     def forward(self, x: Tensor) -> RouterOutput:
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.gate.weight, self.gate.bias)
-            probs = logits.softmax(-1)
-        indices = torch.arange(probs.shape[-1], device=x.device).expand(probs.shape)
-        return RouterOutput(logits, probs, probs.to(x.dtype), indices)
+            return route(logits, controller=self.controller, dtype=x.dtype)
 
 
 class Experts(nn.Module):
@@ -55,18 +55,20 @@ class Experts(nn.Module):
 class MoELayer(nn.Module):
     """z' = LayerNorm(ReLU(Linear(z))), then sum_i w_i(z') E_i(z'). No residual, as in the paper."""
 
-    def __init__(self, config: Config, gate: str) -> None:
+    def __init__(self, config: Config, spec: RouterSpec) -> None:
         super().__init__()
         self.processor = nn.Sequential(nn.Linear(config.dim, config.dim), nn.ReLU(), nn.LayerNorm(config.dim))
         self.router: nn.Module
-        if gate == "linear":
-            self.router = LinearRouter(config.dim, config.experts)
+        controller = terms.controller(config, spec.balance)
+        if spec.gate == "linear":
+            self.router = LinearRouter(config.dim, config.experts, controller)
         else:
             self.router = PrototypeRouter(
                 config.dim,
                 config.experts,
                 temperature=config.temperature,  # type: ignore[arg-type]  # Config.validate has seen to it
                 metric=config.metric,  # type: ignore[arg-type]
+                controller=controller,
             )
         self.experts = Experts(config.experts, config.dim, config.hidden)
 
@@ -99,7 +101,7 @@ class SRMoE(nn.Module):
             stem += [nn.MaxPool2d(2)] if index == 0 else []
             channels = width
         self.stem = nn.Sequential(*stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, config.dim))
-        self.layers = nn.ModuleList(MoELayer(config, ROUTERS[router].gate) for _ in range(config.layers))
+        self.layers = nn.ModuleList(MoELayer(config, ROUTERS[router]) for _ in range(config.layers))
         self.head = nn.Linear(config.dim, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[RouterOutput]]:

@@ -85,6 +85,7 @@ def _update(config: Config, model: SRMoE, objective: Objective, images: Tensor, 
                     assert parameter.grad is not None
                     parameter.grad *= keep.view(-1, 1, 1)
         optimizer.step()
+        objective.after_step(model)
     assert first_gradient is not None
     loss_after, right_after, _ = _novel(model, images, labels)
     return {

@@ -29,16 +29,12 @@ PACKAGES = ("torch", "einops", "numpy")
 def run(config: Config, options: Options) -> dict[str, Any]:
     """Run the experiment, or what is left of it, and return what is written to results.json."""
     device = config.resolved_device()
-    data = load(config)
-    for name in data.unreadable:
-        console.print(f"skipped, not readable as an image: {name}", style="yellow", markup=False, soft_wrap=True)
-    if data.unreadable:
-        console.print(f"skipped {len(data.unreadable)}, read {len(data.labels)}", style="yellow")
+    data = read(config)
     splits = [split(data.labels, data.classes, config, seed) for seed in range(config.seeds)]
     # only now, when nothing is left that could be wrong with the input
     fingerprint = digest(data)
-    prepare(config, options, device, fingerprint)
-    data = data._replace(images=_to(data.images, device), labels=_to(data.labels, device))
+    prepare(dataclasses.asdict(config) | {"device": str(device), "digest": fingerprint}, options)
+    data = move(data, device)
     parts: dict[str, list[dict[str, Any]]] = {router: [] for router in config.routers}
     with bars() as progress:
         total = progress.add_task("runs", total=config.seeds * len(config.routers), note="")
@@ -50,8 +46,7 @@ def run(config: Config, options: Options) -> dict[str, Any]:
     results = {
         "config": dataclasses.asdict(config),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "versions": {"python": platform.python_version(), "spectral-router": __version__}
-        | {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "seeds": list(range(config.seeds)),
         "data": {
             "classes": data.classes,
@@ -67,14 +62,27 @@ def run(config: Config, options: Options) -> dict[str, Any]:
     return results
 
 
-def prepare(config: Config, options: Options, device: torch.device, images: str) -> None:
-    """Make the output folder, or make sure that the run in it is the one to continue, on the same images."""
-    settings = dataclasses.asdict(config) | {"device": str(device), "digest": images}
+def read(config: Config) -> ImageSet:
+    """The images, and a word about those that could not be read."""
+    data = load(config)
+    for name in data.unreadable:
+        console.print(f"skipped, not readable as an image: {name}", style="yellow", markup=False, soft_wrap=True)
+    if data.unreadable:
+        console.print(f"skipped {len(data.unreadable)}, read {len(data.labels)}", style="yellow")
+    return data
+
+
+def move(data: ImageSet, device: torch.device) -> ImageSet:
+    return data._replace(images=_to(data.images, device), labels=_to(data.labels, device))
+
+
+def prepare(settings: dict[str, Any], options: Options) -> None:
+    """Make the output folder, or make sure that the run in it is the one to continue, on the same images (`digest`)."""
     file = options.out / "config.json"
     if options.overwrite:
-        for name in ("parts", "models", "figures"):
+        for name in ("parts", "models", "figures", "tuning"):
             shutil.rmtree(options.out / name, ignore_errors=True)
-        for name in ("results.json", "tables.md", "config.json"):
+        for name in ("results.json", "tables.md", "config.json", "step_time.json"):
             (options.out / name).unlink(missing_ok=True)
     if file.exists() or (options.out / "parts").exists():
         if not options.resume:
@@ -83,7 +91,7 @@ def prepare(config: Config, options: Options, device: torch.device, images: str)
         changed = [name for name in settings if settings[name] != before.get(name)]
         if changed == ["digest"]:
             raise ExperimentError(
-                f"--resume needs the images that the run in {options.out} began with, got others from {config.data}; "
+                f"--resume needs the images that the run in {options.out} began with, got others from {settings['data']}; "
                 "bring them back, or begin anew with --overwrite"
             )
         if changed:
@@ -150,6 +158,10 @@ def _adapt(
         progress.advance(task)
 
     oneshot.adapt(config, part["seed"], trained, data, chosen, list(done), save)
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "spectral-router": __version__} | {name: version(name) for name in PACKAGES}
 
 
 def summarize(parts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

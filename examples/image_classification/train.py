@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectral_router import LoadBalanceLoss, RouterOutput, SpectralRankPenalty
+from spectral_router import RouterOutput
 from spectral_router.functional import spectral_norm, stable_rank
 
+from . import terms
 from .config import ROUTERS, Config
 from .data import ImageSet, Split, as_float, augment
 from .model import SRMoE
@@ -36,16 +37,14 @@ class Objective(nn.Module):
 
     def __init__(self, config: Config, router: str, device: torch.device) -> None:
         super().__init__()
-        self.alpha = config.alpha if ROUTERS[router].spectral else 0.0
-        self.beta = config.beta if ROUTERS[router].balance else 0.0
-        self.penalty = SpectralRankPenalty(
-            config.sigma_target,  # type: ignore[arg-type]  # Config.validate has seen to it
-            config.rank_target,
-            relative=config.relative,
-            # eigh, the exact solver, would make every step wait for the GPU
-            solver="power" if device.type == "cuda" else "exact",
-        )
-        self.balance = LoadBalanceLoss()
+        self.config = config
+        self.spec = ROUTERS[router]
+        # what changes weights, or what sits in the routers, is no term
+        self.alpha = config.alpha if self.spec.spectral and config.penalty in terms.PENALTIES else 0.0
+        self.beta = config.beta if self.spec.balance and config.balance in terms.BALANCES else 0.0
+        self.penalty = terms.penalty(config, device)
+        self.balance = terms.balance(config)
+        self.reads = getattr(self.balance, "reads", "probs")  # probs or logits
 
     def forward(self, model: SRMoE, logits: Tensor, routed: list[RouterOutput], labels: Tensor) -> Terms:
         task = F.cross_entropy(logits.float(), labels)
@@ -53,13 +52,20 @@ class Objective(nn.Module):
             penalty = self.penalty(model.router_weights())
         # The paper's L_div has no sum over layers; summed here, layer by layer.
         with contextlib.nullcontext() if self.beta else torch.no_grad():
-            balance = torch.stack([self.balance(output.probs) for output in routed]).sum()
+            balance = torch.stack([self.balance(getattr(output, self.reads)) for output in routed]).sum()
         total = task
         if self.alpha:
             total = total + self.alpha * penalty
         if self.beta:
             total = total + self.beta * balance
         return Terms(total, task, penalty, balance)
+
+    def after_step(self, model: SRMoE) -> None:
+        if self.spec.spectral:
+            terms.after_step(self.config, model.router_weights())
+
+    def after_epoch(self, model: SRMoE, probs: Tensor, optimizer: torch.optim.Optimizer) -> int:
+        return terms.after_epoch(self.config, model.router_weights(), probs, optimizer) if self.spec.spectral else 0
 
 
 class Trained(NamedTuple):
@@ -108,11 +114,15 @@ def train(
         history = state["history"]
         for row in history:
             on_epoch(row)
-    step = torch.compile(_loss) if config.compile else _loss
+    step = torch.compile(forward) if config.compile else forward
     for epoch in range(len(history), config.epochs):
         row = _train_epoch(config, step, model, objective, optimizer, data, split.train, seed * 100_003 + epoch)
-        row |= {"epoch": epoch + 1, "val_accuracy": evaluate(model, data, split.val), **spectra(model)}
-        history.append(row)
+        val = split.val.to(device)
+        logits, probs = predict(model, data.images[val])
+        row |= {"epoch": epoch + 1, "val_accuracy": accuracy(logits, data.labels[val])}
+        if epoch + 1 < config.epochs:  # what is planted after the last epoch would not be trained
+            row["rescued"] = objective.after_epoch(model, probs, optimizer)
+        history.append(row | spectra(model))
         save_checkpoint(
             checkpoint,
             {
@@ -126,7 +136,7 @@ def train(
     return Trained(model, objective, history)
 
 
-def _loss(model: SRMoE, objective: Objective, images: Tensor, labels: Tensor) -> tuple[Terms, Tensor]:
+def forward(model: SRMoE, objective: Objective, images: Tensor, labels: Tensor) -> tuple[Terms, Tensor]:
     logits, routed = model(images)
     return objective(model, logits, routed, labels), (logits.argmax(-1) == labels).sum()
 
@@ -153,15 +163,28 @@ def _train_epoch(
     sums = torch.zeros(5, device=device)
     for batch in batches:
         images = to_layout(as_float(augment(data.images[batch], data.augment, generator)))
-        with mixed_precision(device):
-            terms, correct = step(model, objective, images, data.labels[batch])
-        optimizer.zero_grad(set_to_none=True)
-        terms.total.backward()
-        optimizer.step()
-        sums += torch.stack([*terms, correct / len(batch)]).detach()
+        sums += train_step(step, model, objective, optimizer, images, data.labels[batch])
     # the epoch's only wait for the device; all batches have one size
     loss, task, penalty, balance, right = (sums / len(batches)).tolist()
     return {"loss": loss, "task": task, "penalty": penalty, "balance": balance, "train_accuracy": 100 * right}
+
+
+def train_step(
+    step: Callable[..., tuple[Terms, Tensor]],
+    model: SRMoE,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+) -> Tensor:
+    """One update. The terms of equation 7 before it, and the share of images that were right, (5,)."""
+    with mixed_precision(images.device):
+        parts, correct = step(model, objective, images, labels)
+    optimizer.zero_grad(set_to_none=True)
+    parts.total.backward()
+    optimizer.step()
+    objective.after_step(model)
+    return torch.stack([*parts, correct / len(labels)]).detach()
 
 
 @torch.no_grad()
@@ -175,13 +198,6 @@ def predict(model: SRMoE, images: Tensor) -> tuple[Tensor, Tensor]:
         logits.append(output.float())
         probs.append(torch.stack([layer.probs for layer in routed], dim=1))
     return torch.cat(logits), torch.cat(probs)
-
-
-def evaluate(model: SRMoE, data: ImageSet, members: Tensor) -> float:
-    """Accuracy in percent on some of the images."""
-    members = members.to(data.images.device)
-    logits, _ = predict(model, data.images[members])
-    return accuracy(logits, data.labels[members])
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

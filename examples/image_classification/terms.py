@@ -1,0 +1,98 @@
+"""What `--penalty` and `--balance` name: everything that can fill these two places of equation 7, each in one line.
+
+A penalty reads the routers' weights; "project" and "rescue" have no loss, they change the weights instead, after a step and
+after an epoch. A balance loss reads probabilities or logits; a controller sits in every router, between gate and choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from spectral_router import (
+    HypersphericalEnergyPenalty,
+    ImportanceConstraint,
+    ImportanceKLLoss,
+    LoadBalanceLoss,
+    LossFreeBias,
+    MutualInformationLoss,
+    OrthogonalityPenalty,
+    RouterZLoss,
+    SpectralNormPenalty,
+    SpectralRankPenalty,
+    SwitchLoss,
+    project_spectral_,
+    rescue_collapsed_,
+)
+
+if TYPE_CHECKING:
+    from .config import Config
+
+
+def _rank(config: Config, device: torch.device) -> nn.Module:
+    return SpectralRankPenalty(
+        config.sigma_target,  # type: ignore[arg-type]  # Config.validate has seen to it
+        config.rank_target,
+        relative=config.relative,
+        # eigh, the exact solver, would make every step wait for the GPU
+        solver="power" if device.type == "cuda" else "exact",
+    )
+
+
+PENALTIES: dict[str, Callable[[Config, torch.device], nn.Module]] = {
+    "rank": _rank,  # SR-MoE, equations 3 + 5
+    "norm": lambda config, device: SpectralNormPenalty(),  # Yoshida & Miyato 2017
+    "lewandowski": lambda config, device: SpectralNormPenalty(1, power=2),
+    "mhe": lambda config, device: HypersphericalEnergyPenalty(),
+    "mhe-half": lambda config, device: HypersphericalEnergyPenalty(half_space=True),
+    "comhe": lambda config, device: HypersphericalEnergyPenalty(half_space=True, projection="random"),
+    "so": lambda config, device: OrthogonalityPenalty("so"),
+    "simbal": lambda config, device: OrthogonalityPenalty("simbal"),
+    "ernie": lambda config, device: OrthogonalityPenalty("ernie"),
+}
+INPLACE = ("project", "rescue")
+
+BALANCES: dict[str, Callable[[], nn.Module]] = {
+    "cv2": LoadBalanceLoss,  # equation 6
+    "kl": ImportanceKLLoss,
+    "mi": MutualInformationLoss,
+    "switch": SwitchLoss,
+    "z": RouterZLoss,
+}
+CONTROLLERS: dict[str, Callable[[Config], ImportanceConstraint | LossFreeBias]] = {
+    "relative": lambda config: ImportanceConstraint(config.experts, config.bound, kind="relative"),
+    "mean": lambda config: ImportanceConstraint(config.experts, config.bound, kind="mean"),
+    "bias": lambda config: LossFreeBias(config.experts, config.bias_rate),
+}
+
+
+def penalty(config: Config, device: torch.device) -> nn.Module:
+    return PENALTIES.get(config.penalty, _rank)(config, device)
+
+
+def balance(config: Config) -> nn.Module:
+    return BALANCES.get(config.balance, LoadBalanceLoss)()
+
+
+def controller(config: Config, used: bool) -> ImportanceConstraint | LossFreeBias | None:
+    """A new one for one router, None if the balance is a loss or not used."""
+    return CONTROLLERS[config.balance](config) if used and config.balance in CONTROLLERS else None
+
+
+def after_step(config: Config, weights: list[Tensor]) -> None:
+    if config.penalty == "project":
+        project_spectral_(weights, float(config.sigma_target))
+
+
+def after_epoch(config: Config, weights: list[Tensor], probs: Tensor, optimizer: torch.optim.Optimizer) -> int:
+    """`probs` (n, L, K) of the validation images; how many prototypes were planted anew."""
+    if config.penalty != "rescue":
+        return 0
+    shares = probs.mean(0)
+    rescued = [
+        rescue_collapsed_(weight, share=share, optimizer=optimizer) for weight, share in zip(weights, shares, strict=True)
+    ]
+    return int(torch.stack(rescued).sum())

@@ -5,11 +5,14 @@ import json
 import re
 
 import pytest
+import torch
 
 from examples.comparison import report, run
 from examples.comparison.__main__ import main, parse
 from examples.comparison.arms import ARMS, REFERENCE
+from examples.image_classification import terms
 from examples.image_classification.config import ROUTERS, Config, ExperimentError
+from examples.image_classification.data import ImageSet
 from examples.image_classification.terms import BALANCES, CONTROLLERS, INPLACE, PENALTIES
 
 TINY = (
@@ -59,8 +62,9 @@ def test_interference_is_read_where_enough_is_learned():
     assert run.interference(curve((0.8, -0.8)), 0.25) == pytest.approx(-0.25)
 
 
-def test_the_best_strength_is_the_smallest_of_the_best():
+def test_the_best_strength_is_the_weakest_of_the_best():
     assert run._best({0.1: [90.0, 92.0], 1.0: [91.0, 91.0], 10.0: [99.0, 70.0]}) == 0.1
+    assert run._best({1.0: [90.0, 92.0], 0.1: [91.0, 91.0]}) == 1.0  # a grid of bounds, the weakest first
     assert run._best({0.1: [1.0], 1.0: [2.0]}) == 1.0
     assert run._best({}) is None
 
@@ -95,18 +99,52 @@ def test_a_run_leaves_one_row_an_arm(finished, capsys):
     assert not list((out / "models").glob("*.pt"))
 
 
-def test_arms_of_one_seed_meet_the_same_images(finished):
+def test_differences_are_paired_by_seed(finished):
     _, results = finished
-    for name, runs in results["runs"].items():
-        assert runs[0]["accuracy"] != pytest.approx(0), name
-    changed = report.rows(results | {"reference": "no penalty"})
-    by_arm = {row[0]: row for row in changed}
-    paired = [
-        entry["accuracy"] - other["accuracy"]
-        for entry, other in zip(results["runs"]["loss-free bias"], results["runs"]["no penalty"], strict=True)
-    ]
-    assert by_arm["loss-free bias"][3].startswith(f"{sum(paired) / 2 + 0.0:+.2f}")
-    assert by_arm["no penalty"][3] == "–"
+    by_arm = {row[0]: row for row in report.rows(results | {"reference": "no penalty"})}
+    place = report.HEAD.index("accuracy − reference, points")
+    pairs = zip(results["runs"]["loss-free bias"], results["runs"]["no penalty"], strict=True)
+    differences = [one["accuracy"] - other["accuracy"] for one, other in pairs]
+    shown, _, half = by_arm["loss-free bias"][place].partition(" ± ")
+    assert float(shown) == pytest.approx(sum(differences) / 2, abs=0.005)
+    # Student's t with one degree of freedom; the standard deviation of two values is their distance over the root of 2
+    assert float(half) == pytest.approx(12.706 * abs(differences[0] - differences[1]) / 2, rel=1e-3, abs=0.006)
+    assert by_arm["no penalty"][place] == "–"
+
+
+def test_arms_of_one_seed_meet_the_same_images(monkeypatch, tmp_path):
+    met: dict[str, list] = {}
+
+    def train(config, router, seed, data, split, checkpoint, on_epoch):
+        met[checkpoint.stem] = [part.tolist() for part in split]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "train", train)
+    for number, name in enumerate(["linear gate", "prototypes"]):
+        assert main([*TINY, "--arms", name, "--out", str(tmp_path / str(number))]) == 130
+    assert set(met) == {"linear-gate-seed0", "prototypes-seed0"}
+    assert met["linear-gate-seed0"] == met["prototypes-seed0"]
+
+
+def test_a_step_without_a_term_does_not_pay_for_it(monkeypatch, tmp_path):
+    called = []
+    for name in ("penalty", "balance"):
+        make = getattr(terms, name)
+
+        def counted(*given, make=make, name=name):
+            part = make(*given)
+            part.register_forward_hook(lambda *_: called.append(name))
+            return part
+
+        monkeypatch.setattr(terms, name, counted)
+    monkeypatch.setattr(run, "TIMED_STEPS", 1)
+    base = Config(layers=2, experts=2, dim=8, hidden=8, image_size=16)
+    images = torch.randint(0, 256, (64, 1, 16, 16), dtype=torch.uint8)
+    data = ImageSet(images, torch.arange(64) % 2, ["a", "b"], [], "none")
+    run._times({"prototypes": ARMS["prototypes"].config(base, None)}, data, tmp_path)
+    # the base has the balance loss, the bare arm has nothing
+    assert "penalty" not in called
+    assert called
 
 
 def test_a_stopped_run_resumes_to_the_same_result(finished, tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ def trained(config: Config, router: str, data: ImageSet, split: Split) -> train.
     model, objective = train.build(config, router, 0, data, CPU)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for epoch in range(config.epochs):
-        train._train_epoch(config, train._loss, model, objective, optimizer, data, split.train, epoch)
+        train._train_epoch(config, train.forward, model, objective, optimizer, data, split.train, epoch)
     model.eval()
     return train.Trained(model, objective, [])
 

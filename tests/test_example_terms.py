@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def images(number: int = 12) -> ImageSet:
-    pixels = torch.randint(0, 256, (number, 1, 16, 16), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (number, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return ImageSet(pixels, torch.arange(number) % 3, ["a", "b", "c"], [], "none")
 
 
@@ -88,6 +88,28 @@ def test_a_controller_sits_in_every_router_and_adds_no_loss(name, router):
 def test_routers_without_balance_have_no_controller(name):
     model, _, _ = step(replace(CONFIG, balance=name), "clustering-balance")
     assert all(layer.router.controller is None for layer in model.moe_layers)
+
+
+def test_a_prediction_has_the_weights_that_were_used():
+    model, _ = train.build(replace(CONFIG, balance="bias"), "clustering", 0, images(), CPU)
+    for layer in model.moe_layers:
+        layer.router.controller.bias.copy_(torch.tensor([3.0, 0.0, 0.0, 0.0]))
+    data = images()
+    _, weights = train.predict(model, data.images)
+    _, routed = model.eval()(train.to_layout(train.as_float(data.images)))
+    torch.testing.assert_close(weights, torch.stack([output.weights for output in routed], 1))
+    assert (weights[:, 0].argmax(-1) == 0).all()
+    assert not torch.allclose(weights[:, 0], routed[0].probs, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["norm", "lewandowski", "comhe"])
+def test_penalties_with_a_memory_resume_exactly(name, tmp_path):
+    config = replace(CONFIG, penalty=name)
+    whole = run(config, "spectral", tmp_path / "whole").model
+    run(replace(config, epochs=1), "spectral", tmp_path / "parts")
+    resumed = run(config, "spectral", tmp_path / "parts").model
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_bound_and_rate_reach_the_controllers():

@@ -17,7 +17,7 @@ class Arm:
     router: str
     settings: dict[str, Any] = field(default_factory=dict)
     strength: str | None = None
-    grid: tuple[float, ...] = COEFFICIENTS
+    grid: tuple[float, ...] = COEFFICIENTS  # the weakest first
 
     def config(self, base: Config, strength: float | None) -> Config:
         chosen: dict[str, Any] = {} if self.strength is None else {self.strength: strength}
@@ -45,8 +45,10 @@ ARMS = {
     "mutual information": _balance("mi"),
     "Switch": _balance("switch"),
     "z-loss": _balance("z"),
-    "relative constraint": _balance("relative", "bound", (0.1, 0.3, 0.5, 1.0)),
-    "mean constraint": _balance("mean", "bound", (0.03, 0.1, 0.3, 0.5)),
+    # the logits of prototypes are distances, which this loss wants to be zero
+    "z-loss, linear gate": Arm("baseline+balance", {"balance": "z"}, "beta"),
+    "relative constraint": _balance("relative", "bound", (1.0, 0.5, 0.3, 0.1)),
+    "mean constraint": _balance("mean", "bound", (0.5, 0.3, 0.1, 0.03)),
     "loss-free bias": _balance("bias", "bias_rate", (1e-4, 1e-3, 1e-2, 1e-1)),
     # penalties, all beside CV² at 0.1
     "no penalty": Arm("clustering"),

@@ -109,15 +109,15 @@ def _tune(
                 if not file.exists():
                     trained, checkpoint = _train(ARMS[name].config(config, value), file.stem, seed, data, out)
                     write_json(file, {"val_accuracy": trained.history[-1]["val_accuracy"]})
-                    checkpoint.unlink()
+                    checkpoint.unlink(missing_ok=True)
                 scores.append(float(read_json(file)["val_accuracy"]))
                 progress.advance(task)
     return grids
 
 
 def _best(grid: dict[float, list[float]]) -> float | None:
-    """The strength with the highest mean; of equals the smallest."""
-    return max(grid, key=lambda value: (fmean(grid[value]), -value)) if grid else None
+    """The strength with the highest mean; of equals the weakest."""
+    return max(grid, key=lambda value: fmean(grid[value])) if grid else None
 
 
 def _train(arm: Config, name: str, seed: int, data: ImageSet, out: Path) -> tuple[Trained, Path]:
@@ -135,11 +135,11 @@ def _final_run(arm: Config, name: str, seed: int, data: ImageSet, out: Path) -> 
     trained, checkpoint = _train(arm, file.stem, seed, data, out)
     if not part:
         test = chosen.test.to(data.images.device)
-        logits, probs = predict(trained.model, data.images[test])
+        logits, weights = predict(trained.model, data.images[test])
         part = {
             "seed": seed,
             "accuracy": accuracy(logits, data.labels[test]),
-            "routing": routing.measure(probs, data.labels[test], data.classes),
+            "routing": routing.measure(weights, data.labels[test], data.classes),
             **spectra(trained.model),
             "rescued": sum(row.get("rescued", 0) for row in trained.history),
             "oneshot": [],
@@ -150,7 +150,7 @@ def _final_run(arm: Config, name: str, seed: int, data: ImageSet, out: Path) -> 
         means = {key: fmean(record[key] for record in records) for key in ("delta", "loss_before", "loss_after")}
         part["oneshot"].append({"lr": rate, **means})
         write_json(file, part)
-    checkpoint.unlink()
+    checkpoint.unlink(missing_ok=True)
     at = interference(part["oneshot"])
     console.print(
         f"{name:<24} seed {seed}  accuracy {part['accuracy']:5.1f} %   interference "
@@ -170,6 +170,7 @@ def _times(configs: dict[str, Config], data: ImageSet, out: Path) -> dict[str, l
     def step_of(config: Config) -> Any:
         device = data.images.device
         model, objective = build(config, config.routers[0], 0, data, device)
+        objective.measure = False  # a term that is only looked at must not cost the arms that do without
         optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
         images = to_layout(as_float(data.images[: config.batch_size]))
         labels = data.labels[: config.batch_size]

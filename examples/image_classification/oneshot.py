@@ -99,8 +99,8 @@ def _update(config: Config, model: SRMoE, objective: Objective, images: Tensor, 
 
 def _novel(model: SRMoE, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of the novel image, whether it is classified rightly, and its winning expert in each layer (L,)."""
-    logits, probs = predict(model, images[:1])
-    return F.cross_entropy(logits, labels[:1]), logits.argmax(-1)[0] == labels[0], probs[0].argmax(-1)
+    logits, weights = predict(model, images[:1])
+    return F.cross_entropy(logits, labels[:1]), logits.argmax(-1)[0] == labels[0], weights[0].argmax(-1)
 
 
 def _norm_per_expert(parameters: list[torch.nn.Parameter]) -> Tensor:

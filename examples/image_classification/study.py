@@ -118,11 +118,11 @@ def _run_one(
     trained = train(config, router, seed, data, chosen, out / "models" / f"{name}.pt", on_epoch)
     if not part:
         test = chosen.test.to(data.images.device)
-        logits, probs = predict(trained.model, data.images[test])
+        logits, weights = predict(trained.model, data.images[test])
         part = {
             "seed": seed,
             "accuracy": accuracy(logits, data.labels[test]),
-            "routing": routing.measure(probs, data.labels[test], data.classes),
+            "routing": routing.measure(weights, data.labels[test], data.classes),
             **spectra(trained.model),
             "history": trained.history,
             "adapted": [],

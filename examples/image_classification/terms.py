@@ -87,11 +87,11 @@ def after_step(config: Config, weights: list[Tensor]) -> None:
         project_spectral_(weights, float(config.sigma_target))
 
 
-def after_epoch(config: Config, weights: list[Tensor], probs: Tensor, optimizer: torch.optim.Optimizer) -> int:
-    """`probs` (n, L, K) of the validation images; how many prototypes were planted anew."""
+def after_epoch(config: Config, weights: list[Tensor], routed: Tensor, optimizer: torch.optim.Optimizer) -> int:
+    """`routed` (n, L, K): the experts' weights on the validation images; how many prototypes were planted anew."""
     if config.penalty != "rescue":
         return 0
-    shares = probs.mean(0)
+    shares = routed.mean(0)
     rescued = [
         rescue_collapsed_(weight, share=share, optimizer=optimizer) for weight, share in zip(weights, shares, strict=True)
     ]

@@ -33,7 +33,10 @@ class Terms(NamedTuple):
 
 
 class Objective(nn.Module):
-    """Equation 7 for one router. A term that the router does not use is measured all the same, with coefficient 0."""
+    """Equation 7 for one router. A term that the router does not use is measured all the same, with coefficient 0, unless
+    `measure` is set to False: then it is 0."""
+
+    measure = True
 
     def __init__(self, config: Config, router: str, device: torch.device) -> None:
         super().__init__()
@@ -48,11 +51,14 @@ class Objective(nn.Module):
 
     def forward(self, model: SRMoE, logits: Tensor, routed: list[RouterOutput], labels: Tensor) -> Terms:
         task = F.cross_entropy(logits.float(), labels)
-        with contextlib.nullcontext() if self.alpha else torch.no_grad():
-            penalty = self.penalty(model.router_weights())
-        # The paper's L_div has no sum over layers; summed here, layer by layer.
-        with contextlib.nullcontext() if self.beta else torch.no_grad():
-            balance = torch.stack([self.balance(getattr(output, self.reads)) for output in routed]).sum()
+        penalty = balance = torch.zeros_like(task)
+        if self.alpha or self.measure:
+            with contextlib.nullcontext() if self.alpha else torch.no_grad():
+                penalty = self.penalty(model.router_weights())
+        if self.beta or self.measure:
+            # The paper's L_div has no sum over layers; summed here, layer by layer.
+            with contextlib.nullcontext() if self.beta else torch.no_grad():
+                balance = torch.stack([self.balance(getattr(output, self.reads)) for output in routed]).sum()
         total = task
         if self.alpha:
             total = total + self.alpha * penalty
@@ -64,8 +70,8 @@ class Objective(nn.Module):
         if self.spec.spectral:
             terms.after_step(self.config, model.router_weights())
 
-    def after_epoch(self, model: SRMoE, probs: Tensor, optimizer: torch.optim.Optimizer) -> int:
-        return terms.after_epoch(self.config, model.router_weights(), probs, optimizer) if self.spec.spectral else 0
+    def after_epoch(self, model: SRMoE, routed: Tensor, optimizer: torch.optim.Optimizer) -> int:
+        return terms.after_epoch(self.config, model.router_weights(), routed, optimizer) if self.spec.spectral else 0
 
 
 class Trained(NamedTuple):
@@ -109,7 +115,7 @@ def train(
     if checkpoint.exists():
         state = load_checkpoint(checkpoint, device)
         model.load_state_dict(state["model"])
-        objective.load_state_dict(state["objective"])
+        restore_buffers(objective, state["objective"])
         optimizer.load_state_dict(state["optimizer"])
         history = state["history"]
         for row in history:
@@ -118,22 +124,29 @@ def train(
     for epoch in range(len(history), config.epochs):
         row = _train_epoch(config, step, model, objective, optimizer, data, split.train, seed * 100_003 + epoch)
         val = split.val.to(device)
-        logits, probs = predict(model, data.images[val])
+        logits, weights = predict(model, data.images[val])
         row |= {"epoch": epoch + 1, "val_accuracy": accuracy(logits, data.labels[val])}
         if epoch + 1 < config.epochs:  # what is planted after the last epoch would not be trained
-            row["rescued"] = objective.after_epoch(model, probs, optimizer)
+            row["rescued"] = objective.after_epoch(model, weights, optimizer)
         history.append(row | spectra(model))
         save_checkpoint(
             checkpoint,
             {
                 "model": model.state_dict(),
-                "objective": objective.state_dict(),
+                "objective": dict(objective.named_buffers()),  # with those that state_dict leaves out: iterates
                 "optimizer": optimizer.state_dict(),
                 "history": history,
             },
         )
         on_epoch(row)
     return Trained(model, objective, history)
+
+
+def restore_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
+    """Put buffers back, also those that a penalty makes at its first call."""
+    for name, value in buffers.items():
+        path, _, leaf = name.rpartition(".")
+        module.get_submodule(path).register_buffer(leaf, value)
 
 
 def forward(model: SRMoE, objective: Objective, images: Tensor, labels: Tensor) -> tuple[Terms, Tensor]:
@@ -189,15 +202,16 @@ def train_step(
 
 @torch.no_grad()
 def predict(model: SRMoE, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (n, C, H, W) uint8 -> logits (n, classes), probs (n, L, K), both float32, in eval mode, batch by batch."""
+    """Images (n, C, H, W) uint8 -> logits (n, classes), the experts' weights (n, L, K), both float32, in eval mode, batch by
+    batch. The weights are those that were used, with what a controller did to them."""
     model.eval()
-    logits, probs = [], []
+    logits, weights = [], []
     for batch in images.split(EVAL_BATCH):
         with mixed_precision(images.device):
             output, routed = model(to_layout(as_float(batch)))
         logits.append(output.float())
-        probs.append(torch.stack([layer.probs for layer in routed], dim=1))
-    return torch.cat(logits), torch.cat(probs)
+        weights.append(torch.stack([layer.weights.float() for layer in routed], dim=1))
+    return torch.cat(logits), torch.cat(weights)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -1,0 +1,166 @@
+"""All arms and seeds of one experiment: run what is missing, save each step, gather the results."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState  # type: ignore[import-untyped,unused-ignore]
+from rich.progress import Progress
+
+from examples.image_classification.config import ExperimentError, Options
+from examples.image_classification.progress import bars, console
+from examples.image_classification.storage import read_json, write_json
+from examples.image_classification.study import versions
+
+from . import data, model, summary
+from .config import Config, processes
+from .data import Text
+from .train import Phase, Run, fit
+
+# of no consequence for what is computed
+FREE = ("report_to",)
+
+
+def run(config: Config, options: Options) -> dict[str, Any] | None:
+    """Run the experiment, or what is left of it; what is written to results.json, None on the processes that do not write."""
+    model.quiet()
+    state = PartialState(cpu=config.resolved_device() == "cpu")
+    tokenizer = model.tokenizer(config)
+    text = data.load(config, tokenizer)
+    settings = dataclasses.asdict(config) | {"device": config.resolved_device(), "digest": text.digest}
+    if state.is_main_process:
+        prepare({name: value for name, value in settings.items() if name not in FREE}, options)
+    state.wait_for_everyone()
+    parts: dict[str, list[dict[str, Any]]] = {arm: [] for arm in config.arms}
+    with bars() as progress:
+        total = progress.add_task("runs", total=config.seeds * len(config.arms), note="", visible=state.is_main_process)
+        for seed in range(config.seeds):
+            for arm in config.arms:
+                parts[arm].append(_run_one(config, arm, seed, text, tokenizer, options.out, progress, state))
+                progress.advance(total)
+    if not state.is_main_process:
+        return None
+    results = {
+        "config": dataclasses.asdict(config),
+        "device": torch.cuda.get_device_name() if config.resolved_device() == "cuda" else "cpu",
+        "processes": processes(),
+        "versions": versions() | {name: version(name) for name in ("transformers", "accelerate")},
+        "seeds": list(range(config.seeds)),
+        "data": {
+            "domains": text.domains,
+            "digest": text.digest,
+            "train_windows": [len(windows) for windows in text.train],
+            "validation_tokens": text.validation.numel(),
+            "entropy": dict(zip(text.domains, text.entropy, strict=True)),
+            "pooled_entropy": text.pooled_entropy,
+        },
+        "adapt_domain": adapt_domain(config, text),
+        **summary.of(parts, adapt_domain(config, text)),
+        "runs": parts,
+    }
+    write_json(options.out / "results.json", results)
+    return results
+
+
+def adapt_domain(config: Config, text: Text) -> str | None:
+    """None: no adaptation test, which needs a second domain that can lose."""
+    return (config.adapt_domain or text.domains[0]) if config.adapt_steps and len(text.domains) > 1 else None
+
+
+def prepare(settings: dict[str, Any], options: Options) -> None:
+    """Make the output folder, or make sure that the run in it is the one to continue, on the same text (`digest`)."""
+    file = options.out / "config.json"
+    if options.overwrite:
+        for name in ("parts", "models", "work", "logs", "figures"):
+            shutil.rmtree(options.out / name, ignore_errors=True)
+        for name in ("results.json", "tables.md", "config.json"):
+            (options.out / name).unlink(missing_ok=True)
+    if not file.exists() and not (options.out / "parts").exists():
+        write_json(file, settings)
+        return
+    if not options.resume:
+        raise ExperimentError(f"{options.out} already holds a run; pass --resume, --overwrite, or another --out")
+    before = read_json(file)
+    changed = [name for name in settings if settings[name] != before.get(name)]
+    if changed == ["digest"]:
+        raise ExperimentError(
+            f"--resume needs the text that the run in {options.out} began with, got another from {settings['dataset']}; "
+            "bring it back, or begin anew with --overwrite"
+        )
+    if changed:
+        flags = [f"--{name.replace('_', '-')} was {before.get(name)}, is {settings[name]}" for name in changed]
+        raise ExperimentError(
+            f"--resume needs the settings that the run in {options.out} began with: "
+            + ", ".join(flag for name, flag in zip(changed, flags, strict=True) if name != "digest")
+        )
+
+
+def _run_one(
+    config: Config, arm: str, seed: int, text: Text, tokenizer: Any, out: Path, progress: Progress, state: PartialState
+) -> dict[str, Any]:
+    name = f"{arm}-seed{seed}"
+    file = out / "parts" / f"{name}.json"
+    part: dict[str, Any] = read_json(file) if file.exists() else {"arm": arm, "seed": seed}
+    state.wait_for_everyone()  # all have read it before one writes it
+    if part.get("complete"):
+        return part
+    here = Run(arm, seed, out / "work" / name, out / "models" / name, out / "logs" / name)
+    started = time.perf_counter()
+    for phase in phases(config, text, seed):
+        if phase.name in part:
+            continue
+        task = progress.add_task(f"{name}: {phase.name}", total=phase.steps, note="", visible=state.is_main_process)
+        part[phase.name] = fit(
+            config,
+            here,
+            phase,
+            text,
+            tokenizer,
+            lambda step, task=task: progress.update(task, completed=step),  # type: ignore[misc]
+        )
+        progress.remove_task(task)
+        _save(file, part, state)
+    part["complete"] = True
+    _save(file, part, state)
+    if state.is_main_process:
+        shutil.rmtree(here.work, ignore_errors=True)
+        last = part["train"]["history"][-1]
+        console.print(
+            f"{name:<16} loss {last['loss']:.4f} nats a byte   load CV {max(last['load_cv']):.2f} at worst   "
+            f"dead {sum(last['dead'])}   {time.perf_counter() - started:.0f} s"
+        )
+    return part
+
+
+def phases(config: Config, text: Text, seed: int) -> list[Phase]:
+    found = [
+        Phase(
+            "train",
+            data.draw(text, config, seed, config.steps),
+            config.steps,
+            config.evaluations,
+            config.lr,
+            "cosine",
+            config.steps // 10,
+        )
+    ]
+    domain = adapt_domain(config, text)
+    if domain is not None:
+        steps = config.adapt_steps
+        windows = data.draw(text, config, seed, steps, text.domains.index(domain))
+        # without a warm-up the first steps of a new Adam are of full size in every direction
+        schedule = "constant_with_warmup"
+        found.append(Phase("adapt", windows, steps, config.adapt_evaluations, config.adapt_lr, schedule, steps // 4))
+    return found
+
+
+def _save(file: Path, part: dict[str, Any], state: PartialState) -> None:
+    if state.is_main_process:
+        write_json(file, part)
+    state.wait_for_everyone()

@@ -1,7 +1,7 @@
 """Healthy mixture-of-experts routers: distance-based gates, spectral penalties, load balancing."""
 
 from . import functional
-from ._route import RouterOutput, route
+from ._route import Controller, RouterOutput, route
 from .controllers import ImportanceConstraint, LossFreeBias
 from .energy import HypersphericalEnergyPenalty
 from .gates import Gate, find_gates
@@ -18,6 +18,7 @@ from .wrap import MoEHandle, wrap_moe
 __version__ = "0.1.0"
 
 __all__ = [
+    "Controller",
     "Gate",
     "HypersphericalEnergyPenalty",
     "ImportanceConstraint",

@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from ._balance import router_z_loss
+from .losses import RouterZLoss
+
 # So many forwards in a row whose loss saw no backward are taken as a sign that nobody uses that loss.
 UNUSED = 8
 
@@ -28,9 +31,9 @@ class Advice:
         if self.once(kind):
             warnings.warn(message, stacklevel=2)
 
-    def at_wrapping(self, model: nn.Module, balanced: bool) -> None:
-        if balanced and any(getattr(config, "output_router_logits", False) for config in _configs(model)):
-            self.own_loss(model)
+    def at_wrapping(self, model: nn.Module, balance: object) -> None:
+        if any(getattr(config, "output_router_logits", False) for config in _configs(model)):
+            self.own_loss(model, balance)
         compiled = [
             name or type(model).__name__
             for name, module in model.named_modules()
@@ -46,7 +49,9 @@ class Advice:
             "first, or call torch._dynamo.reset()",
         )
 
-    def own_loss(self, model: nn.Module) -> None:
+    def own_loss(self, model: nn.Module, balance: object) -> None:
+        if balance is None or balance is router_z_loss or isinstance(balance, RouterZLoss):  # which balance nothing
+            return
         coefs = {k: v for config in _configs(model) for k, v in vars(config).items() if k.endswith("aux_loss_coef") and v}
         if coefs:
             settings = ", ".join(f"{key}={value}" for key, value in coefs.items())

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ._precision import at_least_float32
+from ._rules import check_top_k
 
 
 def load_balance_loss(probs: Tensor, mask: Tensor | None = None, *, unbiased: bool = False) -> Tensor:
@@ -84,7 +85,7 @@ def mutual_information_loss(probs: Tensor, mask: Tensor | None = None) -> Tensor
 
     **Shape**
         - probs, mask: as `load_balance_loss`.
-        - Output: scalar, float32 or float64, in `[-log K, 0]`; NaN if a counted row holds NaN.
+        - Output: scalar, float32 or float64, in `[-log K, 0]` up to rounding; NaN if a counted row holds NaN.
 
     Raises:
         ValueError, TypeError: as `load_balance_loss`.
@@ -129,7 +130,6 @@ def switch_loss(probs: Tensor, mask: Tensor | None = None, *, top_k: int = 1) ->
     >>> switch_loss(torch.tensor([[0.75, 0.25], [0.75, 0.25]]))  # 2 x (1 x 0.75 + 0 x 0.25)
     tensor(1.5000)
     """
-    check_top_k(top_k)
     return load_times_probability(assignment_sums(probs, mask, top_k), top_k)
 
 
@@ -139,6 +139,11 @@ def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
         L_z = (1/T) Σ_t (log Σ_i exp x_i(t))²
 
     Zero where the exponentials of a token sum to one, as log-probabilities do; logits of 0 give (log K)². No tokens give 0.
+    It has the attribute `reads = "logits"`, so `wrap_moe(model, balance=router_z_loss)` hands it logits.
+
+    Caution: the logits of `PrototypeRouter(metric="euclidean")`, the default, are −distance / τ. There it penalises the
+    distance itself, by thousands in each layer at the start with temperature="auto" (4467 at dim=64, K=4), and training
+    stands still. Take "sqeuclidean", "dot" or a linear gate with it.
 
     **Shape**
         - logits: `(*, K)`, over ALL experts, of any floating dtype; computed in float32 or better.
@@ -159,6 +164,9 @@ def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
         return squared.sum() / max(1, len(squared))
     counts = mask.reshape(-1).bool()
     return torch.where(counts, squared, 0).sum() / counts.sum().clamp_min(1)
+
+
+router_z_loss.reads = "logits"  # type: ignore[attr-defined]  # functions have no declared attributes
 
 
 # sums over the tokens that count, and what is made of them --------------------------------------------------------------
@@ -201,8 +209,7 @@ def assignment_sums(probs: Tensor, mask: Tensor | None, top_k: int) -> Tensor:
     """(2K): the sums of each expert, and the number of tokens that have it among their `top_k`."""
     rows = _rows(probs, mask, "probs")
     importance, num_experts = _sum(rows), rows.shape[-1]
-    if top_k > num_experts:
-        raise ValueError(f"top_k must be between 1 and num_experts, got {top_k=}, {num_experts=}")
+    check_top_k(top_k, num_experts)
     chosen = torch.zeros_like(rows, dtype=torch.bool).scatter(-1, rows.detach().topk(top_k).indices, True)
     if mask is not None:
         chosen = chosen & mask.reshape(-1, 1).bool()
@@ -214,11 +221,6 @@ def load_times_probability(sums: Tensor, top_k: int) -> Tensor:
     tokens = assigned.sum() / top_k
     tokens = torch.where(tokens == 0, 1, tokens)
     return len(importance) * (assigned / (top_k * tokens) * importance / tokens).sum()
-
-
-def check_top_k(top_k: int) -> None:
-    if not isinstance(top_k, int) or top_k < 1:
-        raise ValueError(f"top_k must be a whole number of at least 1, got {top_k=}")
 
 
 def _rows(values: Tensor, mask: Tensor | None, name: str) -> Tensor:

@@ -101,14 +101,14 @@ class Gate:
             tokens = tokens if self.index is None else tokens[self.index]
             with full_precision(tokens.device):
                 scores = self.logits(tokens)
-        else:
-            if isinstance(output, Tensor) != (self.position is None):
-                raise RuntimeError(
-                    f"gate {self.name!r} is read from {self.how}, but returned a {type(output).__name__} here; pass "
-                    "wrap_moe(gates=[Gate(...)]) with the right position, or a `probs` function"
-                )
-            scores = whole(pick(output, self.position))
-            scores = scores if scores.shape[-1] == self.num_experts else scores[..., : self.num_experts]
+            return scores if logits else self.score(scores)
+        if isinstance(output, Tensor) != (self.position is None):
+            raise RuntimeError(
+                f"gate {self.name!r} is read from {self.how}, but returned a {type(output).__name__} here; pass "
+                "wrap_moe(gates=[Gate(...)]) with the right position, or a `probs` function"
+            )
+        scores = whole(pick(output, self.position))
+        scores = scores if scores.shape[-1] == self.num_experts else scores[..., : self.num_experts]
         if logits or self.reads == "probs":
             # no view of the output, which the gate's caller is free to change in place
             return scores.to(scores.dtype if scores.dtype == torch.float64 else torch.float32, copy=True)

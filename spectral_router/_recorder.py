@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ._advice import Advice
+from ._balance import expert_sums
 from ._delivery import argument_names, by_name, loss_of, pass_on, share_of_step, token_mask, with_loss
 from ._gate import Gate, whole
 from ._precision import full_precision
-from .functional import expert_sums
+from ._selection import refuse_without_logits
 
 # Stand-ins of forwards whose backward never came are let go after so many further ones of the same gate.
 _OUTSTANDING = 64
@@ -65,7 +66,6 @@ class Recorder:
         self.gates = gates
         self.penalty = penalty
         self.balance = balance
-        self.reads_logits = getattr(balance, "reads", "probs") == "logits"
         self.penalty_coef = penalty_coef
         self.balance_coef = balance_coef
         self.add_to_loss = add_to_loss
@@ -80,6 +80,23 @@ class Recorder:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "step": Step()}
+
+    @property
+    def balance(self) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        return self._balance
+
+    @balance.setter
+    def balance(self, balance: Callable[[Tensor, Tensor | None], Tensor] | None) -> None:
+        if (reads := getattr(balance, "reads", "probs")) not in ("probs", "logits"):
+            raise ValueError(f'the attribute reads of a balance loss must be "probs" or "logits", got {reads=}')
+        if reads == "logits":
+            refuse_without_logits(self.gates)
+        self._balance = balance
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether the balance loss, as it is now, is called with logits."""
+        return getattr(self._balance, "reads", "probs") == "logits"
 
     # one forward ------------------------------------------------------------------------------------------------------
 
@@ -151,8 +168,8 @@ class Recorder:
 
     def _look_round(self, calls: list[Call], arguments: dict[str, Any]) -> None:
         if self.advice.once("first forward"):
-            if self.balance is not None and arguments.get("output_router_logits"):
-                self.advice.own_loss(self.model)
+            if arguments.get("output_router_logits"):
+                self.advice.own_loss(self.model, self.balance)
             ran = {call.gate for call in calls}
             frozen = [gate.name for gate in self.gates if not _trainable(gate)]
             idle = [gate.name for i, gate in enumerate(self.gates) if i not in ran and gate.name not in frozen]

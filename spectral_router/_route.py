@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from ._precision import at_least_float32, full_precision
+from ._rules import check_top_k
 
-__all__ = ["RouterOutput", "route"]
+__all__ = ["Controller", "RouterOutput", "route"]
 
 
 class RouterOutput(NamedTuple):
     """What a router returns for inputs `(*, D)`.
 
-    logits: `(*, K)`, raw scores divided by the temperature, float32 or float64.
+    logits: `(*, K)`, scores as the gate gives them, those of `PrototypeRouter` divided by its temperature; float32 or float64.
     probs: `(*, K)`, softmax of the logits over ALL experts, same dtype. The balance loss reads these.
     weights: `(*, top_k)`, or `(*, K)` for soft routing: combine weights, rows sum to one, in the dtype of the input.
-    indices: the same shape, int64: the experts that the weights belong to, best first; for soft routing 0 ... K-1.
+    indices: the same shape, int64: the experts that the weights belong to, for soft routing 0 ... K-1, else in the order of the
+        choice: best first, where no controller says otherwise.
     """
 
     logits: Tensor
@@ -28,13 +30,31 @@ class RouterOutput(NamedTuple):
 
 
 class Controller(Protocol):
-    """What stands between gate and choice, such as `ImportanceConstraint`; to be saved with the router, a module."""
+    """What stands between gate and choice and says who may be chosen, such as `ImportanceConstraint` or `LossFreeBias`.
+
+    Any object with these two methods is one; there is nothing to inherit from. `route` calls it with the logits, chooses by
+    what it returns, and calls `observe` with what was chosen, in training and in evaluation. Rules for one of your own:
+
+    - Make it an `nn.Module` with its state in buffers, so that it is moved, saved and loaded with its router, and knows
+      `self.training`. Each router needs its own. `PrototypeRouter.reset_parameters` calls its `reset_parameters`, if any.
+    - Change no argument in place, and count under `torch.no_grad()`: the weights carry a graph.
+    - Under activation checkpointing a forward runs twice. The second one must return what the first one did, and count nothing.
+    - Under data parallelism each rank sees its own tokens: to be equal on all ranks, a state needs an all-reduce.
+
+    >>> class LastFirst(torch.nn.Module):
+    ...     def forward(self, logits):
+    ...         return logits.flip(-1)
+    ...     def observe(self, weights, indices):
+    ...         pass
+    >>> route(torch.tensor([[0.0, 2.0, 1.0, 5.0]]), top_k=2, controller=LastFirst()).indices
+    tensor([[0, 2]])
+    """
 
     def __call__(self, logits: Tensor, /) -> Tensor:
-        """`(*, K)` -> `(*, K)`: what the choice is made by; −inf closes an expert."""
+        """Logits `(*, K)`, float32 or float64 -> the same shape: what the choice is made by; −inf closes an expert."""
 
     def observe(self, weights: Tensor, indices: Tensor, /) -> None:
-        """What was chosen, both `(*, top_k)` or `(*, K)`; weights in float32 or better."""
+        """Combine weights and chosen experts, both `(*, top_k)` or `(*, K)`; weights in float32 or float64."""
 
 
 def route(
@@ -75,7 +95,8 @@ def route(
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must have shape (*, experts) with at least one expert, got shape {tuple(logits.shape)}")
     num_experts = logits.shape[-1]
-    check_top_k(top_k, num_experts)
+    if top_k is not None:
+        check_top_k(top_k, num_experts)
     with full_precision(logits.device):
         scores = at_least_float32(logits)
         probs = scores.softmax(-1)
@@ -92,8 +113,3 @@ def route(
         if controller is not None:
             controller.observe(weights, indices)
     return RouterOutput(scores, probs, weights.to(dtype or logits.dtype), indices)
-
-
-def check_top_k(top_k: int | None, num_experts: int) -> None:
-    if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= num_experts):
-        raise ValueError(f"top_k must be between 1 and num_experts, got {top_k=}, {num_experts=}")

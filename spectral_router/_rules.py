@@ -1,4 +1,7 @@
-"""Rules that name modules: a name or its suffix, a regular expression, a class, a predicate, or several of them."""
+"""Arguments that several functions take: top_k, and rules that name modules.
+
+Such a rule is a name or its suffix, a regular expression, a class, a predicate, or several of them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+
+
+def check_top_k(top_k: int, num_experts: int | None = None) -> None:
+    """A clear error for what is no number of experts to choose; `num_experts` may not be known yet."""
+    whole = isinstance(top_k, int) and not isinstance(top_k, bool)
+    if not (whole and top_k >= 1 and (num_experts is None or top_k <= num_experts)):
+        known = "" if num_experts is None else f", {num_experts=}"
+        raise ValueError(f"top_k must be a whole number between 1 and num_experts, got {top_k=}{known}")
 
 
 def flat(rules: Any, take: str, last: str, *leaves: type) -> list[Any]:

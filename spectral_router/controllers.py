@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import functional
+from ._control import check_logits, check_num_experts, counted, zeros
 from ._matrices import keep_precision
 from ._recompute import first_forward, remember
 
@@ -25,8 +24,9 @@ class ImportanceConstraint(nn.Module):
         "mean":      a_i ← mean over steps of I_i / Σ_j I_j;         closed where a_i − 1/K > bound
 
     r_i is a running sum: an overused expert stays closed until it has given the excess back. Given to `PrototypeRouter` or
-    `route`; a closed expert's logit becomes −inf, so it has no weight and no gradient. The one with the least excess is
-    always open. In evaluation all experts are open and nothing is counted. Nothing is learned.
+    `route`; a closed expert's logit becomes −inf, so it has no weight, and a gradient at most from a balance loss, which reads
+    the probs without it. The one with the least excess is always open. In evaluation all experts are open and nothing is
+    counted. Nothing is learned.
 
     **Shape**
         - Input: logits `(*, num_experts)`, floating point; output: the same, closed experts at −inf.
@@ -41,12 +41,19 @@ class ImportanceConstraint(nn.Module):
             all steps, as in the paper, whose late corrections are slow.
         sync: count the tokens of all ranks of the default process group, by one all-reduce of K numbers a step: then every
             rank has the same experts open, those of the global batch. All ranks must call it equally often, a rank without
-            tokens too. Without a process group it changes nothing.
+            tokens too. Without a process group it changes nothing. It is on here, and off in the balance losses, because
+            the state is a part of the model and must be equal on all ranks. False is for ranks that do not all run this
+            router, as pipeline stages. Under DDP with its default `broadcast_buffers=True` it does not give each rank a state
+            of its own: rank 0's, counted from rank 0's tokens, replaces the others' at each forward.
+        device: where the buffers are made.
 
     A step is a forward in training mode, also of a micro-batch and under `no_grad`. One without tokens, or with weights that
     are not finite, is not counted. Recomputation (activation checkpointing) is recognised: it sees the experts that were open
     in the last forward, and counts nothing. So run the backward of a checkpointed router before its next forward.
-    With `torch.compile` and inductor, checkpoint what is compiled; inductor rejects a checkpoint inside.
+    With `torch.compile` and inductor, checkpoint what is compiled; inductor rejects a checkpoint inside. A selective policy may
+    save matmuls and attention, but no operation that the controller runs too (scatter, sum, where and the like): the
+    recomputation leaves those out, so torch raises a CheckpointError or takes one result for another. A graph exported in
+    training mode holds the operation `spectral_router::first_forward`, one exported in evaluation does not.
 
     NOTE[DIFF]: In the paper's code the state is lost with the process and each process has its own; here it is saved, and
     counted over all ranks. The least used expert is open even where rounding would close all. `momentum` is not in the paper.
@@ -82,9 +89,10 @@ class ImportanceConstraint(nn.Module):
         kind: Literal["relative", "mean"] = "relative",
         momentum: float | None = None,
         sync: bool = True,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        _check_num_experts(num_experts)
+        check_num_experts(num_experts)
         if not 0 <= bound < math.inf:
             raise ValueError(f"bound must be a finite number of at least 0, got {bound=}")
         if kind not in ("relative", "mean"):
@@ -98,10 +106,10 @@ class ImportanceConstraint(nn.Module):
         self.kind = kind
         self.momentum = momentum
         self.sync = sync
-        self.register_buffer("importance", _zeros(num_experts))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64) if kind == "mean" else None)
+        self.register_buffer("importance", zeros(num_experts, device))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device) if kind == "mean" else None)
         # what a recomputation sees; no checkpoint falls between a forward and its backward
-        self.register_buffer("last_open", torch.ones(num_experts, dtype=torch.bool), persistent=False)
+        self.register_buffer("last_open", torch.ones(num_experts, dtype=torch.bool, device=device), persistent=False)
 
     @property
     def open(self) -> Tensor:
@@ -118,19 +126,20 @@ class ImportanceConstraint(nn.Module):
             self.steps.zero_()
 
     def forward(self, logits: Tensor) -> Tensor:
-        _check_logits(logits, self.num_experts)
+        check_logits(logits, self.num_experts)
         if not self.training:
             return logits
+        if self.last_open.device != self.importance.device:  # load_state_dict(assign=True) has put only the latter in place
+            self.last_open = torch.ones_like(self.last_open, device=self.importance.device)
         remember(self.last_open, self.open)
         return logits.masked_fill(~self.last_open, -math.inf)
 
     @torch.no_grad()
     def observe(self, weights: Tensor, indices: Tensor) -> None:
         """Count the combine weights of one step; in training only."""
-        first = first_forward(self.importance)
-        if not self.training or first is False:
+        if not self.training or (first := first_forward(self.importance)) is False:
             return
-        total = _total(weights, indices, self.num_experts, self.sync).to(self.importance.dtype)
+        total = counted(weights, indices, self.num_experts, self.sync).to(self.importance.dtype)
         share = total / total.sum()
         counts = share.isfinite().all() & first  # without tokens: 0 / 0
         if self.kind == "relative":
@@ -173,7 +182,7 @@ class LossFreeBias(nn.Module):
     Args:
         num_experts: K.
         rate: u, the change a step, above 0.
-        sync: as in `ImportanceConstraint`: the load is that of all ranks.
+        sync, device: as in `ImportanceConstraint`; with `sync` the load is that of all ranks.
 
     Steps, those that are not counted, and recomputation are as in `ImportanceConstraint`.
 
@@ -196,16 +205,18 @@ class LossFreeBias(nn.Module):
     bias: Tensor
     last_bias: Tensor
 
-    def __init__(self, num_experts: int, rate: float = 1e-3, *, sync: bool = True) -> None:
+    def __init__(
+        self, num_experts: int, rate: float = 1e-3, *, sync: bool = True, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
-        _check_num_experts(num_experts)
+        check_num_experts(num_experts)
         if not 0 < rate < math.inf:
             raise ValueError(f"rate must be a finite number above 0, got {rate=}")
         self.num_experts = num_experts
         self.rate = rate
         self.sync = sync
-        self.register_buffer("bias", _zeros(num_experts))
-        self.register_buffer("last_bias", _zeros(num_experts), persistent=False)
+        self.register_buffer("bias", zeros(num_experts, device))
+        self.register_buffer("last_bias", zeros(num_experts, device), persistent=False)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -214,21 +225,22 @@ class LossFreeBias(nn.Module):
         self.last_bias.zero_()
 
     def forward(self, logits: Tensor) -> Tensor:
-        _check_logits(logits, self.num_experts)
+        check_logits(logits, self.num_experts)
         if not self.training:
             return logits + self.bias
+        if self.last_bias.device != self.bias.device:  # as in ImportanceConstraint
+            self.last_bias = torch.zeros_like(self.bias)
         remember(self.last_bias, self.bias)
         return logits + self.last_bias
 
     @torch.no_grad()
     def observe(self, weights: Tensor, indices: Tensor) -> None:
         """Count the tokens of one step; in training only."""
-        first = first_forward(self.bias)
-        if not self.training or first is False:
+        if not self.training or (first := first_forward(self.bias)) is False:
             return
         if weights.shape[-1] < self.num_experts:
             weights = torch.where(weights.isfinite(), torch.ones_like(weights), math.nan)
-        load = _total(weights, indices, self.num_experts, self.sync).to(self.bias.dtype)
+        load = counted(weights, indices, self.num_experts, self.sync).to(self.bias.dtype)
         counts = load.isfinite().all() & first
         self.bias.add_(torch.where(counts, (load.mean() - load).sign(), 0), alpha=self.rate)
 
@@ -241,27 +253,3 @@ class LossFreeBias(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, rate={self.rate}, sync={self.sync}"
-
-
-def _zeros(num_experts: int) -> Tensor:
-    return torch.zeros(num_experts, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
-
-
-def _check_num_experts(num_experts: int) -> None:
-    if not isinstance(num_experts, int) or num_experts < 1:
-        raise ValueError(f"num_experts must be a whole number of at least 1, got {num_experts=}")
-
-
-def _check_logits(logits: Tensor, num_experts: int) -> None:
-    if logits.ndim < 1 or logits.shape[-1] != num_experts:
-        raise ValueError(f"the last dimension of the logits must be {num_experts=}, got shape {tuple(logits.shape)}")
-
-
-def _total(values: Tensor, indices: Tensor, num_experts: int, sync: bool) -> Tensor:
-    """(*, k) values of the chosen experts -> (K): each expert's own, summed over tokens and, if `sync`, over ranks."""
-    # through (*, K): the order of the sum is fixed, which adding at indices would leave to chance on a GPU
-    placed = values.new_zeros(*values.shape[:-1], num_experts).scatter(-1, indices, values)
-    total = functional.expert_sums(placed, None)
-    if sync and dist.is_available() and dist.is_initialized():
-        dist.all_reduce(total)
-    return total

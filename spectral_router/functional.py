@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._balance import expert_sums as expert_sums
 from ._balance import importance_kl_loss, load_balance_loss, mutual_information_loss, router_z_loss, switch_loss
 from ._energy import hyperspherical_energy
 from ._matrices import check_matrices

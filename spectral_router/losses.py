@@ -5,10 +5,11 @@ One with the attribute `reads = "logits"` is called with the logits instead.
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _balance, functional
+from ._ranks import over_ranks
+from ._rules import check_top_k
 
 __all__ = ["ImportanceKLLoss", "LoadBalanceLoss", "MutualInformationLoss", "RouterZLoss", "SwitchLoss"]
 
@@ -52,7 +53,7 @@ class LoadBalanceLoss(nn.Module):
         self.sync = sync
 
     def forward(self, probs: Tensor, mask: Tensor | None = None) -> Tensor:
-        return _balance.squared_variation(_over_ranks(_balance.expert_sums(probs, mask), self.sync), self.unbiased)
+        return _balance.squared_variation(over_ranks(_balance.expert_sums(probs, mask), self.sync), self.unbiased)
 
     def extra_repr(self) -> str:
         return f"unbiased={self.unbiased}" + (", sync=True" if self.sync else "")
@@ -84,7 +85,7 @@ class ImportanceKLLoss(nn.Module):
         self.sync = sync
 
     def forward(self, probs: Tensor, mask: Tensor | None = None) -> Tensor:
-        return _balance.divergence(_over_ranks(_balance.expert_sums(probs, mask), self.sync))
+        return _balance.divergence(over_ranks(_balance.expert_sums(probs, mask), self.sync))
 
     def extra_repr(self) -> str:
         return "sync=True" if self.sync else ""
@@ -97,7 +98,7 @@ class MutualInformationLoss(nn.Module):
 
     **Shape**
         - probs: `(*, K)`, over all experts; mask: `(*)` bool or 0/1, or None.
-        - Output: scalar, unweighted, in `[-log K, 0]`.
+        - Output: scalar, unweighted, in `[-log K, 0]` up to rounding.
 
     Args:
         sync: the tokens are those of all ranks, exactly as in `LoadBalanceLoss`, whose NOTE[SYNC] holds.
@@ -118,7 +119,7 @@ class MutualInformationLoss(nn.Module):
         self.sync = sync
 
     def forward(self, probs: Tensor, mask: Tensor | None = None) -> Tensor:
-        return _balance.minus_information(_over_ranks(_balance.entropy_sums(probs, mask), self.sync))
+        return _balance.minus_information(over_ranks(_balance.entropy_sums(probs, mask), self.sync))
 
     def extra_repr(self) -> str:
         return "sync=True" if self.sync else ""
@@ -148,12 +149,12 @@ class SwitchLoss(nn.Module):
 
     def __init__(self, top_k: int = 1, *, sync: bool = False) -> None:
         super().__init__()
-        _balance.check_top_k(top_k)
+        check_top_k(top_k)
         self.top_k = top_k
         self.sync = sync
 
     def forward(self, probs: Tensor, mask: Tensor | None = None) -> Tensor:
-        sums = _over_ranks(_balance.assignment_sums(probs, mask, self.top_k), self.sync)
+        sums = over_ranks(_balance.assignment_sums(probs, mask, self.top_k), self.sync)
         return _balance.load_times_probability(sums, self.top_k)
 
     def extra_repr(self) -> str:
@@ -172,6 +173,9 @@ class RouterZLoss(nn.Module):
     ...     even = functional.load_balance_loss(logits.softmax(-1), mask)
     ...     return even + 0.1 * functional.router_z_loss(logits, mask)
     >>> balance.reads = "logits"  # wrap_moe(model, balance=balance)
+
+    Caution: not for the unsquared distances of `PrototypeRouter(metric="euclidean")`, the default; see
+    `functional.router_z_loss`.
 
     It needs no `sync`: a mean over tokens is linear in them, so the mean over ranks is that of the global batch where the ranks
     hold equally many tokens that count. Where they do not, a token on a rank with few weighs more, as in a task loss that
@@ -195,12 +199,3 @@ class RouterZLoss(nn.Module):
 
     def forward(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
         return functional.router_z_loss(logits, mask)
-
-
-def _over_ranks(local: Tensor, sync: bool) -> Tensor:
-    """With `sync`, the sum over all ranks, with the gradient of `local` times their number."""
-    if not (sync and dist.is_available() and dist.is_initialized()):
-        return local
-    total = local.detach().clone()
-    dist.all_reduce(total)
-    return total + dist.get_world_size() * (local - local.detach())

@@ -51,6 +51,8 @@ def rescue_collapsed_(
     Args:
         weight: the prototypes, or the weight of a linear gate; a parameter may be passed as it is.
         share: what each expert gets, at least 0 and in any unit: mean probability, number of tokens. None asks for no share.
+            An entry that is NaN or inf says nothing of its expert, and an even share is that of the others: one prototype of
+            NaN makes every probability NaN, and then its row alone is collapsed.
         x: typical inputs of this router, finite; a few thousand are enough.
         metric: "euclidean" compares rows, "cosine" their directions, for gates that read no more.
         tolerance: at least 0 and below 1. Rows that bfloat16 rounds differently are up to 0.004 apart.
@@ -105,7 +107,8 @@ def _collapsed(rows: Tensor, share: Tensor | None, metric: str, tolerance: float
     stays = finite & (norm > tolerance * unit)
     if share is not None:
         share = share.to(rows)
-        stays &= share >= dead * share.mean()
+        known = share.isfinite()
+        stays &= ~known | (share >= dead * share[known].mean())
     if metric == "cosine":
         rows, unit = _directions(rows), 1
     # the matmul that cdist prefers for many rows would cancel the distances of near rows
@@ -153,8 +156,11 @@ def _check_rescue(weight: Tensor, share: Tensor | None, x: Tensor | None, optimi
     if share is not None:
         if share.shape != (experts,):
             raise ValueError(f"share must have one entry an expert, shape ({experts},), got shape {tuple(share.shape)}")
-        if not ((share >= 0) & share.isfinite()).all():
-            raise ValueError("share must be finite and at least 0, got an entry that is not; pass mean probabilities or counts")
+        if (share < 0).any():
+            expert = int((share < 0).nonzero()[0])
+            raise ValueError(
+                f"share must be at least 0, got {share[expert].item()} of expert {expert}; pass mean probabilities or counts"
+            )
     if x is not None:
         if not x.is_floating_point():
             raise TypeError(f"x must be floating point, got {x.dtype}; embed or convert it first")

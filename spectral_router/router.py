@@ -11,7 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ._precision import at_least_float32, full_precision
-from ._route import Controller, RouterOutput, check_top_k, route
+from ._route import Controller, RouterOutput, route
+from ._rules import check_top_k
 
 __all__ = ["PrototypeRouter", "RouterOutput"]
 
@@ -88,7 +89,8 @@ class PrototypeRouter(nn.Module):
         super().__init__()
         if dim < 1 or num_experts < 1:
             raise ValueError(f"dim and num_experts must be at least 1, got {dim=}, {num_experts=}")
-        check_top_k(top_k, num_experts)
+        if top_k is not None:
+            check_top_k(top_k, num_experts)
         if metric not in _METRICS:
             raise ValueError(f"metric must be one of {', '.join(_METRICS)}, got {metric=}")
         if temperature != "auto" and not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
@@ -97,7 +99,7 @@ class PrototypeRouter(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
         self.metric: Metric = metric
-        self.controller = controller
+        self.controller: Controller | None = None
         self.initial_temperature = temperature
         self.prototypes = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
         self.log_temperature: Tensor | None
@@ -108,6 +110,7 @@ class PrototypeRouter(nn.Module):
             # a fixed number needs no tensor, which half precision would round
             self.register_buffer("log_temperature", log_temperature if temperature == "auto" else None)
         self.reset_parameters()
+        self.controller = controller  # after the reset: it may come with a state
 
     @property
     def temperature(self) -> Tensor:
@@ -119,9 +122,12 @@ class PrototypeRouter(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw prototypes from a normal distribution of standard deviation `1 / sqrt(dim)`: norms near 1, nearly orthogonal,
-        so a spectral norm and a stable rank near the targets of `SpectralRankPenalty` for K well below `dim`."""
+        so a spectral norm and a stable rank near the targets of `SpectralRankPenalty` for K well below `dim`. The temperature
+        and the controller start anew too."""
         nn.init.normal_(self.prototypes, std=self.dim**-0.5)
         self._reset_temperature()
+        if reset := getattr(self.controller, "reset_parameters", None):
+            reset()
 
     @torch.no_grad()
     def init_from(self, x: Tensor, *, generator: torch.Generator | None = None) -> PrototypeRouter:

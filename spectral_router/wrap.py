@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from ._hooks import AfterModel, AtGate, BeforeModel, Hook
 from ._metrics import measure
 from ._recorder import Recorder, Step
-from ._selection import Selector, refuse_without_logits, select_gates
+from ._selection import Selector, select_gates
 from .losses import LoadBalanceLoss
 from .penalties import SpectralRankPenalty
 
@@ -28,7 +28,7 @@ class MoEHandle(Recorder):
     Attributes:
         model: the wrapped model.
         gates: the list of `Gate`, in the order of the model.
-        penalty, balance: the two callables, or None.
+        penalty, balance: the two callables, or None; others may be put in their place between steps.
         penalty_coef, balance_coef: α and β of equation 7; plain floats that may be changed between steps.
 
     `print(handle)` is a table of the gates. As a context manager it removes itself at the end.
@@ -208,18 +208,14 @@ def wrap_moe(
     for name, part in (("penalty", penalty), ("balance", balance)):
         if part is not None and not callable(part):
             raise TypeError(f'{name} must be a callable, "default" or None, got {part!r}')
-    if (reads := getattr(balance, "reads", "probs")) not in ("probs", "logits"):
-        raise ValueError(f'the attribute reads of a balance loss must be "probs" or "logits", got {reads=}')
     root, compiled = _inside(model)
     if MoEHandle.of(root) is not None:
         raise ValueError(f"{type(root).__name__} is wrapped already; call MoEHandle.of(model).remove() first")
     chosen = select_gates(root, gates, exclude)
-    if reads == "logits":
-        refuse_without_logits(chosen)
     handle = MoEHandle(root, chosen, penalty, balance, penalty_coef, balance_coef, add_to_loss)
     if compiled:
         handle.advice.compiled([type(root).__name__])
-    handle.advice.at_wrapping(root, balance is not None)
+    handle.advice.at_wrapping(root, balance)
     handle.registrations = [
         root.register_forward_pre_hook(BeforeModel(handle), with_kwargs=True),
         # first here too: the backward of the whole loss, the term included, is to pass the engines' hooks

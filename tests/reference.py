@@ -244,7 +244,7 @@ def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> float:
 
 
 def orthogonality(weight: Tensor, form: str) -> Tensor:
-    """"so": |WW' - I|_F^2; "simbal": its entries' absolute sum; "ernie": mean squared entry for rows of length one."""
+    """ "so": |WW' - I|_F^2; "simbal": its entries' absolute sum; "ernie": mean squared entry for rows of length one."""
     rows = list(weight.double())
     if form == "ernie":
         rows = [row / row.norm() if row.norm() > 0 else 0 * row for row in rows]
@@ -277,7 +277,8 @@ def collapsed_rows(weight: Tensor, share: list[float] | None, tolerance: float, 
     collapsed = []
     for i, norm in enumerate(norms):
         collapsed.append(not math.isfinite(norm) or norm <= tolerance * unit)
-        if share is not None and share[i] < dead * sum(share) / len(share):
+        known = [part for part in share or [] if math.isfinite(part)]
+        if share is not None and math.isfinite(share[i]) and share[i] < dead * sum(known) / len(known):
             collapsed[i] = True
     dead_rows = list(collapsed)
     for i, j in itertools.combinations(range(len(rows)), 2):

@@ -233,11 +233,11 @@ def test_message_input(kind: str) -> None:
 
 
 def test_message_top_k() -> None:
-    for wrong in (0, -1, 1.5, None):
+    for wrong in (0, -1, 1.5, None, True):
         for function in (SwitchLoss, lambda top_k: functional.switch_loss(torch.rand(3, 4), top_k=top_k)):
-            with pytest.raises(ValueError, match=f"top_k must be a whole number of at least 1, got top_k={wrong}"):
+            with pytest.raises(ValueError, match=f"top_k must be a whole number between 1 and num_experts, got top_k={wrong}"):
                 function(wrong)
-    with pytest.raises(ValueError, match="top_k must be between 1 and num_experts, got top_k=5, num_experts=4"):
+    with pytest.raises(ValueError, match=r"top_k must be a whole number .* num_experts, got top_k=5, num_experts=4"):
         SwitchLoss(5)(torch.rand(3, 4))
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from test_example_run import CLASSES, make_photos
 
-from examples.image_classification import storage, study
 from examples.image_classification.__main__ import main
+from examples.shared import runs, storage
 
 FLAGS = "--samples-per-class=20 --novel=2 --epochs=2 --seeds=1 --batch-size=16 --dim=16 --hidden=16 --image-size=16"
 
@@ -70,8 +70,8 @@ def test_a_run_that_diverges_is_reported_and_its_json_is_valid(photos, tmp_path,
 
 
 def test_no_mean_is_made_of_a_value_that_is_missing():
-    assert math.isnan(study.interval([1.0, None])["mean"])
-    assert math.isnan(study.interval([1.0, math.inf])["ci95"])
+    assert math.isnan(runs.interval([1.0, None])["mean"])
+    assert math.isnan(runs.interval([1.0, math.inf])["ci95"])
 
 
 def test_json_has_null_where_a_number_is_not_finite(tmp_path):

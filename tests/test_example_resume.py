@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.image_classification import figures, storage, study, train
+from examples.image_classification import figures, study, train
 from examples.image_classification.__main__ import main
+from examples.shared import storage
 
 REPO = Path(__file__).parents[1]
 # rates at which so few steps learn something, and one update disturbs something: equal zeros would prove little

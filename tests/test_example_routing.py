@@ -7,7 +7,8 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from examples.image_classification import routing, study
+from examples.image_classification import routing
+from examples.shared import runs
 
 
 def probs_of(winners: list[list[int]], experts: int, top: float = 0.9) -> Tensor:
@@ -88,7 +89,7 @@ def test_chance_level_is_low_for_few_paths_and_high_for_many():
 
 @pytest.mark.parametrize("values", [[1.0, 2.5], [90.0, 91.5, 88.25, 90.75]])
 def test_interval_is_students(values):
-    entry = study.interval(values)
+    entry = runs.interval(values)
     low, high = stats.t.interval(0.95, len(values) - 1, loc=sum(values) / len(values), scale=stats.sem(values))
     assert entry["n"] == len(values)
     assert entry["mean"] - entry["ci95"] == pytest.approx(low)
@@ -96,4 +97,4 @@ def test_interval_is_students(values):
 
 
 def test_one_seed_has_no_interval():
-    assert study.interval([3.5]) == {"mean": 3.5, "ci95": None, "n": 1}
+    assert runs.interval([3.5]) == {"mean": 3.5, "ci95": None, "n": 1}

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from examples.image_classification import terms, train
-from examples.image_classification.config import Config, ExperimentError
+from examples.image_classification.config import Config
 from examples.image_classification.data import ImageSet, Split
+from examples.shared.command import ExperimentError
 from spectral_router import functional
 
 CONFIG = Config(layers=2, experts=4, dim=12, hidden=10, alpha=0.3, beta=0.7, image_size=16, epochs=3, batch_size=4)

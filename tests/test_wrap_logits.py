@@ -16,6 +16,7 @@ from moe_models import (
     mixtral,
     tokens,
 )
+from operations import Operations
 from test_wrap_delivery import CHECKPOINTING, MODES, QUIET, checkpointed, precision_of
 from torch import Tensor, nn
 
@@ -118,6 +119,45 @@ def test_logits_computed_from_the_input_of_a_gate() -> None:
     handle = wrapped(model, gates=gates)
     model(x)
     torch.testing.assert_close(handle.loss().detach(), expected)
+
+
+@pytest.mark.parametrize("reads", ["logits", "input"])
+def test_only_what_the_caller_may_change_is_copied(reads: str) -> None:
+    gate = find_gates(Stack())[0]
+    gate.reads, x = reads, tokens()
+    output = gate.module(x)
+    with Operations() as operations:
+        logits = gate.read((x,), {}, output, logits=True)
+    assert torch.equal(logits, output)
+    copies = operations.count["_to_copy"] + operations.count["clone"]
+    assert copies == (reads == "logits")
+
+
+# --------------------------------------------------------------------------------------------------- which loss, and when
+
+
+@pytest.mark.parametrize("balance", [router_z_loss, RouterZLoss()], ids=["function", "module"])
+@pytest.mark.parametrize("later", [False, True], ids=["at wrapping", "set later"])
+def test_the_loss_says_what_it_reads(balance, later: bool) -> None:
+    model, x = Stack(), tokens()
+    expected = objective(model, x, router_z_loss)[1].detach()
+    share = model.layers[0].gate(x).softmax(-1)
+    handle = wrapped(model, load_balance_loss if later else balance)
+    if later:
+        model(x)
+        handle.loss()
+        handle.balance = balance
+    model(x)
+    torch.testing.assert_close(handle.loss().detach(), expected)
+    assert handle.metrics()["layers.0.gate"]["balance"] == pytest.approx(load_balance_loss(share).item(), rel=1e-5)
+
+
+def test_a_loss_set_later_is_refused_as_at_wrapping() -> None:
+    handle = wrap_moe(Regressor(Block(), SoftmaxedBlock()))
+    before = handle.balance
+    with pytest.raises(ValueError, match=r"no logit for each expert can be read: layers\.1\.gate"):
+        handle.balance = router_z_loss
+    assert handle.balance is before
 
 
 # -------------------------------------------------------------------------------------------------------------- metrics

@@ -10,7 +10,8 @@ from moe_models import BATCH, DIM, EXPERTS, Block, Regressor, Stack, mixtral, mi
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from spectral_router import wrap_moe
+from spectral_router import RouterZLoss, wrap_moe
+from spectral_router.functional import load_balance_loss, router_z_loss
 
 
 def told(action: Callable[[], object]) -> list[str]:
@@ -90,9 +91,19 @@ def test_gate_may_be_frozen_or_thawed_between_steps(schedule: str) -> None:
     assert (weight.grad is not None) is (schedule == "thawed later")
 
 
-def test_the_model_s_own_balance_loss_is_on_too() -> None:
-    model = mixtral(output_router_logits=True, router_aux_loss_coef=0.02)
-    (said,) = told(lambda: wrap_moe(model))
+def z_and_even(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    return router_z_loss(logits, mask) + load_balance_loss(logits.softmax(-1), mask)
+
+
+z_and_even.reads = "logits"
+
+
+@pytest.mark.parametrize("balance", ["default", z_and_even], ids=["default", "of logits"])
+@pytest.mark.parametrize("where", ["config", "call"])
+def test_the_model_s_own_balance_loss_is_on_too(balance: object, where: str) -> None:
+    model = mixtral(output_router_logits=where == "config", router_aux_loss_coef=0.02)
+    call = {"output_router_logits": True} if where == "call" else {}
+    (said,) = told(lambda: (wrap_moe(model, balance=balance), model(**BATCH, **call)))
     assert "output_router_logits" in said
     assert "router_aux_loss_coef=0.02" in said
 
@@ -101,13 +112,16 @@ def test_the_model_s_own_balance_loss_is_on_too() -> None:
     ("options", "config"),
     [
         ({"balance": None}, {"output_router_logits": True, "router_aux_loss_coef": 0.02}),
+        ({"balance": RouterZLoss()}, {"output_router_logits": True, "router_aux_loss_coef": 0.02}),
+        ({"balance": router_z_loss}, {"output_router_logits": True, "router_aux_loss_coef": 0.02}),
         ({}, {"output_router_logits": True, "router_aux_loss_coef": 0.0}),
         ({}, {"output_router_logits": False, "router_aux_loss_coef": 0.02}),
     ],
-    ids=["no balance here", "coefficient 0", "off"],
+    ids=["no balance here", "z-loss", "z-loss function", "coefficient 0", "off"],
 )
 def test_one_balance_loss_is_no_reason_to_warn(options: dict[str, object], config: dict[str, object]) -> None:
-    assert told(lambda: wrap_moe(mixtral(**config), **options)) == []
+    model = mixtral(**config)
+    assert told(lambda: (wrap_moe(model, **options), model(**BATCH, output_router_logits=config["output_router_logits"]))) == []
 
 
 @pytest.mark.parametrize(

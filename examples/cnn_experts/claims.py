@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from examples.image_classification.study import interval
+from examples.shared.runs import interval
 
 GROUPS = {"soft": ("importance", "kl"), "hard": ("relative", "mean"), "none": ("none",), "plain": ("plain",)}
 

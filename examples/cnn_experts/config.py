@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from examples.image_classification import config as image_config
-from examples.image_classification.config import ExperimentError, Options
+from examples.shared.command import Options, add_flags, add_place, flag, parser, place, require
 
 
 class Arm(NamedTuple):
@@ -38,44 +35,40 @@ FOLDER_SIZE = 64
 SMALLEST_IMAGE = {"small": 9, "imagenet": 33}
 
 
-def _flag(default: Any, help: str, **options: Any) -> Any:
-    return field(default=default, metadata={"help": help, **options})
-
-
 @dataclass(frozen=True)
 class Config:
-    data: str = _flag("mnist", "mnist (embedded, no network), cifar10 (downloads), or a folder with one subfolder a class")
-    classes: list[str] | None = _flag(None, "use these classes only (default: all)", nargs="+", type=str)
-    image_size: int | None = _flag(None, "side in pixels (default: mnist 16, cifar10 32, folder 64)", type=int)
-    samples_per_class: int | None = _flag(
+    data: str = flag("mnist", "mnist (embedded, no network), cifar10 (downloads), or a folder with one subfolder a class")
+    classes: list[str] | None = flag(None, "use these classes only (default: all)", nargs="+", type=str)
+    image_size: int | None = flag(None, "side in pixels (default: mnist 16, cifar10 32, folder 64)", type=int)
+    samples_per_class: int | None = flag(
         None, "images a class to split 70/15/15 (default: all that the smallest class has)", type=int
     )
-    augment: str | None = _flag(None, "none, shift, or flip (shift and mirror) (default: mnist shift, else flip)", type=str)
+    augment: str | None = flag(None, "none, shift, or flip (shift and mirror) (default: mnist shift, else flip)", type=str)
 
-    arms: list[str] = _flag(tuple(ARMS), f"any of: {', '.join(ARMS)} (default: all)", nargs="+", type=str)
-    width: int = _flag(16, "planes of the first stage; ResNet-18 has 64")
-    stem: str = _flag("small", "small (3x3 convolution) or imagenet (7x7 with stride 2, then max-pooling)")
-    position: int = _flag(4, "the stage that is replaced by experts, 1 ... 4")
-    experts: int = _flag(4, "K, experts")
-    top_k: int = _flag(2, "experts an image")
-    inner_planes: int | None = _flag(
+    arms: list[str] = flag(tuple(ARMS), f"any of: {', '.join(ARMS)} (default: all)", nargs="+", type=str)
+    width: int = flag(16, "planes of the first stage; ResNet-18 has 64")
+    stem: str = flag("small", "small (3x3 convolution) or imagenet (7x7 with stride 2, then max-pooling)")
+    position: int = flag(4, "the stage that is replaced by experts, 1 ... 4")
+    experts: int = flag(4, "K, experts")
+    top_k: int = flag(2, "experts an image")
+    inner_planes: int | None = flag(
         None, "inner planes of an expert (default: so that the parameters stay near those of the plain network)", type=int
     )
-    gate: str = _flag("gap-fc", "gap-fc (average pooling, linear) or conv (3x3 convolution, ReLU, average pooling, linear)")
-    dispatch: str = _flag(
+    gate: str = flag("gap-fc", "gap-fc (average pooling, linear) or conv (3x3 convolution, ReLU, average pooling, linear)")
+    dispatch: str = flag(
         "routed", "routed (an expert runs on its images only) or all (on every image: no waiting for the GPU, more work)"
     )
 
-    soft_coef: float = _flag(0.5, "coefficient of the importance loss and of the KL loss")
-    relative_bound: float = _flag(0.5, "bound of the relative importance constraint")
-    mean_bound: float = _flag(0.1, "bound of the mean importance constraint")
+    soft_coef: float = flag(0.5, "coefficient of the importance loss and of the KL loss")
+    relative_bound: float = flag(0.5, "bound of the relative importance constraint")
+    mean_bound: float = flag(0.1, "bound of the mean importance constraint")
 
-    seeds: int = _flag(2, "how many seeds, 0 ... seeds-1; each draws its own split, initial weights and batches")
-    epochs: int = _flag(12, "epochs of training; the last epoch's model is used")
-    batch_size: int = _flag(64, "images a step")
-    lr: float = _flag(1e-3, "learning rate, Adam; divided by 10 after 80/150 and again after 120/150 of the epochs")
+    seeds: int = flag(2, "how many seeds, 0 ... seeds-1; each draws its own split, initial weights and batches")
+    epochs: int = flag(12, "epochs of training; the last epoch's model is used")
+    batch_size: int = flag(64, "images a step")
+    lr: float = flag(1e-3, "learning rate, Adam; divided by 10 after 80/150 and again after 120/150 of the epochs")
 
-    device: str = _flag("auto", "auto, cpu, cuda, cuda:1, ...")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arms", list(self.arms))
@@ -83,12 +76,12 @@ class Config:
     def validate(self) -> None:
         """Raise ExperimentError for the first rule that is broken."""
         for name, least in (("width", 1), ("experts", 2), ("seeds", 1), ("epochs", 1), ("batch_size", 2)):
-            _require(getattr(self, name) >= least, name, f"at least {least}", getattr(self, name))
-        _require(self.inner_planes is None or self.inner_planes >= 1, "inner_planes", "at least 1", self.inner_planes)
+            require(getattr(self, name) >= least, name, f"at least {least}", getattr(self, name))
+        require(self.inner_planes is None or self.inner_planes >= 1, "inner_planes", "at least 1", self.inner_planes)
         samples = self.samples_per_class
-        _require(samples is None or samples >= 8, "samples_per_class", "at least 8", samples)
-        _require(1 <= self.position <= 4, "position", "between 1 and 4", self.position)
-        _require(1 <= self.top_k <= self.experts, "top_k", f"between 1 and the number of experts, {self.experts}", self.top_k)
+        require(samples is None or samples >= 8, "samples_per_class", "at least 8", samples)
+        require(1 <= self.position <= 4, "position", "between 1 and 4", self.position)
+        require(1 <= self.top_k <= self.experts, "top_k", f"between 1 and the number of experts, {self.experts}", self.top_k)
         choices = {
             "augment": (None, "none", "shift", "flip"),
             "stem": tuple(SMALLEST_IMAGE),
@@ -97,15 +90,15 @@ class Config:
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
-            _require(value in allowed, name, "one of " + ", ".join(filter(None, allowed)), value)
+            require(value in allowed, name, "one of " + ", ".join(filter(None, allowed)), value)
         least = SMALLEST_IMAGE[self.stem]
-        _require(self.side() >= least, "image_size", f"at least {least} with --stem {self.stem}", self.side())
-        _require(0 < self.lr < math.inf, "lr", "a finite number above 0", self.lr)
+        require(self.side() >= least, "image_size", f"at least {least} with --stem {self.stem}", self.side())
+        require(0 < self.lr < math.inf, "lr", "a finite number above 0", self.lr)
         for name in ("soft_coef", "relative_bound", "mean_bound"):
-            _require(0 <= getattr(self, name) < math.inf, name, "a finite number of at least 0", getattr(self, name))
+            require(0 <= getattr(self, name) < math.inf, name, "a finite number of at least 0", getattr(self, name))
         for arm in self.arms:
-            _require(arm in ARMS, "arms", "any of " + ", ".join(ARMS), arm)
-        _require(len(set(self.arms)) == len(self.arms), "arms", "each named once", " ".join(self.arms))
+            require(arm in ARMS, "arms", "any of " + ", ".join(ARMS), arm)
+        require(len(set(self.arms)) == len(self.arms), "arms", "each named once", " ".join(self.arms))
 
     def side(self) -> int:
         """Of the images, in pixels."""
@@ -127,33 +120,16 @@ class Config:
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Config, Options]:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.cnn_experts",
-        allow_abbrev=False,  # --seed 7 must not mean --seeds 7
-        description="Train a ResNet-18 with one stage replaced by sparsely gated convolutional experts (arXiv:2204.10598), "
+    flags = parser(
+        "python -m examples.cnn_experts",
+        "Train a ResNet-18 with one stage replaced by sparsely gated convolutional experts (arXiv:2204.10598), "
         "under soft and hard constraints on the gate; leave tables, verdicts on the paper's claims, pictures and results.json "
         "in --out.",
     )
-    for item in dataclasses.fields(Config):
-        options = dict(item.metadata)
-        text = options.pop("help")
-        if "(default:" not in text:
-            text += f" (default: {item.default})"
-        options.setdefault("type", type(item.default))
-        parser.add_argument("--" + item.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **options)
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/cnn_experts"), help="folder of the results (default: %(default)s)"
-    )
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="continue the run in --out where it stopped")
-    again.add_argument("--overwrite", action="store_true", help="delete the run in --out first")
-    given = vars(parser.parse_args(arguments))
-    where = Options(given.pop("out"), given.pop("resume"), given.pop("overwrite"))
+    add_flags(flags, Config)
+    add_place(flags, "runs/cnn_experts")
+    given = vars(flags.parse_args(arguments))
+    where = place(given)
     config = Config(**given)
     config.validate()
     return config, where
-
-
-def _require(holds: bool, name: str, rule: str, value: object) -> None:
-    if not holds:
-        raise ExperimentError(f"--{name.replace('_', '-')} must be {rule}, got {value}")

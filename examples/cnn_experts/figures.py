@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from examples.image_classification.storage import write_atomically
+from examples.shared.figures import save
 
 from .config import ARMS
 
@@ -31,14 +30,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     figures: dict[str, Callable[[Results], Figure]] = {"training": training}
     if mixtures(results):
         figures |= {"class_weights": class_weights, "fixed_expert": fixed_expert, "gate_scores": gate_scores, "load": load}
-    drawn = []
-    for name, make in figures.items():
-        figure = make(results)
-        path = folder / f"{name}.png"
-        write_atomically(path, partial(figure.savefig, format="png", dpi=130))
-        plt.close(figure)
-        drawn.append(path)
-    return drawn
+    return save(figures, results, folder)
 
 
 def mixtures(results: Results) -> dict[str, list[dict[str, Any]]]:

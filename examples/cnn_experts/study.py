@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from examples.image_classification.config import ExperimentError, Options
 from examples.image_classification.data import ImageSet, Split, digest, split
-from examples.image_classification.progress import bars, console
-from examples.image_classification.storage import read_json, write_json
-from examples.image_classification.study import interval, move, prepare, read, versions
+from examples.image_classification.study import move, read
+from examples.shared.command import ExperimentError, Options
+from examples.shared.progress import bars, console
+from examples.shared.runs import interval, prepare, versions
+from examples.shared.storage import read_json, write_json
 
 from . import claims
 from .config import ARMS, Config

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.image_classification.data import ImageSet, Split, as_float, augment
-from examples.image_classification.storage import load_checkpoint, save_checkpoint
 from examples.image_classification.train import EVAL_BATCH, accuracy, mixed_precision, to_layout
+from examples.shared.storage import load_checkpoint, save_checkpoint
 from spectral_router import ImportanceConstraint, ImportanceKLLoss, LoadBalanceLoss
 
 from .config import ARMS, Config

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from examples.image_classification.storage import write_atomically
-from examples.image_classification.study import interval
+from examples.shared.runs import interval
+from examples.shared.storage import write_atomically
 
 from .run import interference
 

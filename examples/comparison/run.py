@@ -13,11 +13,9 @@ from rich.progress import Progress
 
 from benchmarks._harness import interleave, ratio
 from examples.image_classification import oneshot, routing
-from examples.image_classification.config import Config, Options
+from examples.image_classification.config import Config
 from examples.image_classification.data import ImageSet, Split, as_float, digest, split
-from examples.image_classification.progress import bars, console
-from examples.image_classification.storage import read_json, write_json
-from examples.image_classification.study import move, prepare, read, versions
+from examples.image_classification.study import move, read
 from examples.image_classification.train import (
     Trained,
     accuracy,
@@ -29,6 +27,10 @@ from examples.image_classification.train import (
     train,
     train_step,
 )
+from examples.shared.command import Options
+from examples.shared.progress import bars, console
+from examples.shared.runs import prepare, versions
+from examples.shared.storage import read_json, write_json
 
 from .arms import ARMS, REFERENCE
 

@@ -17,8 +17,10 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .config import Config, ExperimentError
-from .progress import track
+from examples.shared.command import ExperimentError
+from examples.shared.progress import track
+
+from .config import Config
 
 # Four digits that are easily taken for each other: at this size ten would need more experts than the paper has.
 MNIST_CLASSES = ("3", "5", "8", "9")

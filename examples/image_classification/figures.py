@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from .storage import write_atomically
+from examples.shared.figures import save
 
 PATHS_SHOWN = 12
 SEEDS_SHOWN = 3
@@ -32,14 +31,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         "oneshot": oneshot,
         "training": training,
     }
-    drawn = []
-    for name, make in figures.items():
-        figure = make(results)
-        path = folder / f"{name}.png"
-        write_atomically(path, partial(figure.savefig, format="png", dpi=130))
-        plt.close(figure)
-        drawn.append(path)
-    return drawn
+    return save(figures, results, folder)
 
 
 def experts(results: Results) -> Figure:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .storage import write_atomically
+from examples.shared.storage import write_atomically
 
 Rows = list[tuple[str, list[str]]]
 

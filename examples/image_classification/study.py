@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import platform
-import shutil
-from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
 from rich.progress import Progress, TaskID
 
-from spectral_router import __version__
+from examples.shared.command import Options
+from examples.shared.progress import bars, console
+from examples.shared.runs import interval, prepare, versions
+from examples.shared.storage import read_json, write_json
 
 from . import oneshot, routing
-from .config import Config, ExperimentError, Options
+from .config import Config
 from .data import ImageSet, Split, digest, load, split
-from .progress import bars, console
-from .storage import read_json, write_json
 from .train import Trained, accuracy, predict, spectra, train
-
-PACKAGES = ("torch", "einops", "numpy")
 
 
 def run(config: Config, options: Options) -> dict[str, Any]:
@@ -74,32 +68,6 @@ def read(config: Config) -> ImageSet:
 
 def move(data: ImageSet, device: torch.device) -> ImageSet:
     return data._replace(images=_to(data.images, device), labels=_to(data.labels, device))
-
-
-def prepare(settings: dict[str, Any], options: Options) -> None:
-    """Make the output folder, or make sure that the run in it is the one to continue, on the same images (`digest`)."""
-    file = options.out / "config.json"
-    if options.overwrite:
-        for name in ("parts", "models", "figures", "tuning"):
-            shutil.rmtree(options.out / name, ignore_errors=True)
-        for name in ("results.json", "tables.md", "config.json", "step_time.json"):
-            (options.out / name).unlink(missing_ok=True)
-    if file.exists() or (options.out / "parts").exists():
-        if not options.resume:
-            raise ExperimentError(f"{options.out} already holds a run; pass --resume, --overwrite, or another --out")
-        before = read_json(file)
-        changed = [name for name in settings if settings[name] != before.get(name)]
-        if changed == ["digest"]:
-            raise ExperimentError(
-                f"--resume needs the images that the run in {options.out} began with, got others from {settings['data']}; "
-                "bring them back, or begin anew with --overwrite"
-            )
-        if changed:
-            names = [name for name in changed if name != "digest"]
-            flags = ", ".join(f"--{name.replace('_', '-')} was {before.get(name)}, is {settings[name]}" for name in names)
-            raise ExperimentError(f"--resume needs the settings that the run in {options.out} began with: {flags}")
-    else:
-        write_json(file, settings)
 
 
 def _run_one(
@@ -160,10 +128,6 @@ def _adapt(
     oneshot.adapt(config, part["seed"], trained, data, chosen, list(done), save)
 
 
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "spectral-router": __version__} | {name: version(name) for name in PACKAGES}
-
-
 def summarize(parts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Mean and half-width of the 95 % interval (Student's t) over seeds, of every number that a table shows."""
 
@@ -180,18 +144,6 @@ def summarize(parts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
     rows = [figures(part) for part in parts]
     return {name: interval([row[name] for row in rows]) for name in rows[0]}
-
-
-def interval(values: list[float | None]) -> dict[str, Any]:
-    """{mean, ci95, n}; ci95 is None for a single value, which has no spread to tell. None, of a diverged run, makes it NaN."""
-    from scipy.stats import t
-
-    n = len(values)
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    if len(known) < n:
-        return {"mean": math.nan, "ci95": math.nan if n > 1 else None, "n": n}
-    half = float(t.ppf(0.975, n - 1)) * stdev(known) / n**0.5 if n > 1 else None
-    return {"mean": fmean(known), "ci95": half, "n": n}
 
 
 def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.shared.storage import load_checkpoint, save_checkpoint
 from spectral_router import RouterOutput
 from spectral_router.functional import spectral_norm, stable_rank
 
@@ -18,7 +19,6 @@ from . import terms
 from .config import ROUTERS, Config
 from .data import ImageSet, Split, as_float, augment
 from .model import SRMoE
-from .storage import load_checkpoint, save_checkpoint
 
 EVAL_BATCH = 512
 

@@ -17,7 +17,7 @@ import math
 from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
 
-from examples.image_classification.study import interval
+from examples.shared.runs import interval
 
 
 class Claim(NamedTuple):

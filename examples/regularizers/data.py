@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from examples.image_classification.config import ExperimentError
+from examples.shared.command import ExperimentError
 
 from .config import Config
 

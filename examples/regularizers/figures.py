@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.image_classification.storage import write_atomically
-from examples.image_classification.study import interval
+from examples.shared.figures import save
+from examples.shared.runs import interval
 
 from .arms import BASE
 
@@ -29,14 +28,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         "norm": {"noise": noise, "gap": gap, "sigma": sigma, "coefficients": coefficients},
         "energy": {"error": error, "energy": energy, "coefficients": coefficients},
     }
-    drawn = []
-    for name, make in of_study[results["config"]["study"]].items():
-        figure = make(results)
-        path = folder / f"{name}.png"
-        write_atomically(path, partial(figure.savefig, format="png", dpi=130))
-        plt.close(figure)
-        drawn.append(path)
-    return drawn
+    return save(of_study[results["config"]["study"]], results, folder)
 
 
 def noise(results: Results) -> Figure:

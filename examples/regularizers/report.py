@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from examples.image_classification.report import Rows, markdown
-from examples.image_classification.storage import write_atomically
+from examples.shared.storage import write_atomically
 
 from .arms import BASE
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .config import ExperimentError
+from .command import ExperimentError
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from examples.image_classification.config import ExperimentError
+from examples.shared.command import ExperimentError
 from spectral_router import LoadBalanceLoss, MoEHandle, OrthogonalityPenalty, SpectralRankPenalty, wrap_moe
 
 from .config import Config

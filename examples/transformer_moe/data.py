@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from examples.image_classification.config import ExperimentError
+from examples.shared.command import ExperimentError
 
 from . import sources
 from .config import Config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.image_classification.storage import write_atomically
+from examples.shared.figures import save
 
 from .summary import adaptation
 
@@ -29,14 +28,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         figures["domains"] = domains
     if results["adapt_domain"]:
         figures["adaptation"] = adapted
-    drawn = []
-    for name, make in figures.items():
-        figure = make(results)
-        path = folder / f"{name}.png"
-        write_atomically(path, partial(figure.savefig, format="png", dpi=130))
-        plt.close(figure)
-        drawn.append(path)
-    return drawn
+    return save(figures, results, folder)
 
 
 def loss(results: Results) -> Figure:

@@ -16,8 +16,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from examples.image_classification.config import ExperimentError
-from examples.image_classification.storage import load_checkpoint, save_checkpoint
+from examples.shared.command import ExperimentError
+from examples.shared.storage import load_checkpoint, save_checkpoint
 from spectral_router import Gate, find_gates
 from spectral_router.functional import load_balance_loss, spectral_norm, stable_rank
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from examples.image_classification.config import ExperimentError
+from examples.shared.command import ExperimentError
 
 from .config import Config
 

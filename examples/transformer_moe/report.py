@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from examples.image_classification.report import markdown
-from examples.image_classification.storage import write_atomically
+from examples.shared.storage import write_atomically
 
 Rows = list[tuple[str, list[str]]]
 # label, name in the summary, format

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from examples.image_classification.config import ExperimentError
+from examples.shared.command import ExperimentError
 
 from .config import Config
 

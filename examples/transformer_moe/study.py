@@ -13,10 +13,10 @@ import torch
 from accelerate import PartialState  # type: ignore[import-untyped,unused-ignore]
 from rich.progress import Progress
 
-from examples.image_classification.config import ExperimentError, Options
-from examples.image_classification.progress import bars, console
-from examples.image_classification.storage import read_json, write_json
-from examples.image_classification.study import versions
+from examples.shared.command import Options
+from examples.shared.progress import bars, console
+from examples.shared.runs import prepare, versions
+from examples.shared.storage import read_json, write_json
 
 from . import data, model, summary
 from .config import Config, processes
@@ -35,7 +35,7 @@ def run(config: Config, options: Options) -> dict[str, Any] | None:
     text = data.load(config, tokenizer)
     settings = dataclasses.asdict(config) | {"device": config.resolved_device(), "digest": text.digest}
     if state.is_main_process:
-        prepare({name: value for name, value in settings.items() if name not in FREE}, options)
+        prepare({name: value for name, value in settings.items() if name not in FREE}, options, "text", "dataset")
     state.wait_for_everyone()
     parts: dict[str, list[dict[str, Any]]] = {arm: [] for arm in config.arms}
     with bars() as progress:
@@ -71,34 +71,6 @@ def run(config: Config, options: Options) -> dict[str, Any] | None:
 def adapt_domain(config: Config, text: Text) -> str | None:
     """None: no adaptation test, which needs a second domain that can lose."""
     return (config.adapt_domain or text.domains[0]) if config.adapt_steps and len(text.domains) > 1 else None
-
-
-def prepare(settings: dict[str, Any], options: Options) -> None:
-    """Make the output folder, or make sure that the run in it is the one to continue, on the same text (`digest`)."""
-    file = options.out / "config.json"
-    if options.overwrite:
-        for name in ("parts", "models", "work", "logs", "figures"):
-            shutil.rmtree(options.out / name, ignore_errors=True)
-        for name in ("results.json", "tables.md", "config.json"):
-            (options.out / name).unlink(missing_ok=True)
-    if not file.exists() and not (options.out / "parts").exists():
-        write_json(file, settings)
-        return
-    if not options.resume:
-        raise ExperimentError(f"{options.out} already holds a run; pass --resume, --overwrite, or another --out")
-    before = read_json(file)
-    changed = [name for name in settings if settings[name] != before.get(name)]
-    if changed == ["digest"]:
-        raise ExperimentError(
-            f"--resume needs the text that the run in {options.out} began with, got another from {settings['dataset']}; "
-            "bring it back, or begin anew with --overwrite"
-        )
-    if changed:
-        flags = [f"--{name.replace('_', '-')} was {before.get(name)}, is {settings[name]}" for name in changed]
-        raise ExperimentError(
-            f"--resume needs the settings that the run in {options.out} began with: "
-            + ", ".join(flag for name, flag in zip(changed, flags, strict=True) if name != "digest")
-        )
 
 
 def _run_one(

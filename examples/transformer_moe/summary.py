@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
-from examples.image_classification.study import interval
+from examples.shared.runs import interval
 
 Part = dict[str, Any]
 Scalars = dict[str, float | None]

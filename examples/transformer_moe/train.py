@@ -13,7 +13,7 @@ from accelerate import DistributedType, FullyShardedDataParallelPlugin  # type: 
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from examples.image_classification.storage import load_checkpoint, save_checkpoint
+from examples.shared.storage import load_checkpoint, save_checkpoint
 from spectral_router import MoEHandle
 from spectral_router.integrations.transformers import MoECallback
 

@@ -1,0 +1,95 @@
+"""The command line of an example: a flag for each field of its Config, where results go, what ends it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .progress import console
+
+
+class ExperimentError(Exception):
+    """Bad input or a failing disk: one sentence for the user, no traceback."""
+
+
+class Options(NamedTuple):
+    """Where the results go: no part of the experiment itself."""
+
+    out: Path
+    resume: bool
+    overwrite: bool
+
+
+def finish(work: Callable[[], str | None]) -> int:
+    """Do the work and print its last line, if it has one. 0 done, 1 bad input or a failing disk, 130 stopped by Ctrl-C."""
+    try:
+        last = work()
+    except ExperimentError as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print("stopped; the same command with --resume goes on from here", markup=False)
+        return 130
+    if last is not None:
+        print(last)
+    return 0
+
+
+def parser(prog: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=prog, allow_abbrev=False, description=description)  # --seed 7 must not mean --seeds 7
+
+
+def flag(default: Any, help: str, **options: Any) -> Any:
+    """A field of a Config: its default, its explanation, and what argparse needs beyond them."""
+    metadata = {"help": help, **options}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata={"nargs": "+", **metadata})
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def add_flags(
+    flags: argparse.ArgumentParser, config: type[Any], without: tuple[str, ...] = (), defaults: Mapping[str, Any] | None = None
+) -> None:
+    """A flag for each field of a Config but those `without`, with its default but for `defaults`. One that is not given is
+    not in what is parsed."""
+    for item in dataclasses.fields(config):
+        if item.name in without:
+            continue
+        options = dict(item.metadata)
+        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        default = (defaults or {}).get(item.name, default)
+        text = options.pop("help")
+        if "(default:" not in text:
+            text += f" (default: {_shown(default)})"
+        name, text = "--" + item.name.replace("_", "-"), text.replace("%", "%%")
+        kind = options.pop("type", type(default))
+        if kind is bool:
+            flags.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            flags.add_argument(name, default=argparse.SUPPRESS, help=text, type=kind, **options)
+
+
+def add_place(flags: argparse.ArgumentParser, out: str) -> None:
+    """--out, --resume, --overwrite."""
+    flags.add_argument("--out", type=Path, default=Path(out), help="folder of the results (default: %(default)s)")
+    again = flags.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue the run in --out where it stopped")
+    again.add_argument("--overwrite", action="store_true", help="delete the run in --out first")
+
+
+def place(given: dict[str, Any]) -> Options:
+    """Take these three out of what was given."""
+    return Options(given.pop("out"), given.pop("resume"), given.pop("overwrite"))
+
+
+def require(holds: bool, name: str, rule: str, value: object) -> None:
+    """ExperimentError, in the words of the flag, unless the rule holds."""
+    if not holds:
+        raise ExperimentError(f"--{name.replace('_', '-')} must be {rule}, got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

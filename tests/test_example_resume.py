@@ -157,7 +157,7 @@ def test_a_process_stopped_from_outside(whole_long, photos, tmp_path, kill, stat
         process.kill()
     assert process.returncode == status
     assert "Traceback" not in messages
-    assert ("stopped; the same command with --resume goes on from here" in messages) == (kill == signal.SIGINT)
+    assert ("with --resume and without --overwrite, goes on from here" in messages) == (kill == signal.SIGINT)
     assert not (tmp_path / "results.json").exists()
     assert main([*command(photos, tmp_path, LONG), "--resume"]) == 0
     assert files(tmp_path) == whole_long

@@ -215,8 +215,9 @@ def predict(model: SRMoE, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Percent, from an exact count."""
-    return 100 * int((logits.argmax(-1) == labels).sum()) / len(labels)
+    """Percent, from an exact count. Logits that are NaN or infinite are never right, whatever argmax makes of them."""
+    right = (logits.argmax(-1) == labels) & logits.isfinite().all(-1)
+    return 100 * int(right.sum()) / len(labels)
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ _SENSITIVITY: tuple[tuple[str, Literal["lower", "higher"]], ...] = (
 )
 _PROJECTED = ("comhe-random", "comhe-angle", "comhe-adversarial")
 
-# CoMHE is held against the half-space MHE that it projects: nothing else differs.
+# CoMHE is held against the half-space MHE that it projects. Each has the coefficient that was chosen for it.
 CLAIMS: dict[str, list[Claim]] = {
     "norm": [
         Claim("spectral-norm", against, metric, direction)

@@ -36,9 +36,9 @@ def write(results: Results, out: Path) -> None:
     """Print the first tables and write all of them to tables.md."""
     tables = [
         ("Claims", *claims(results)),
-        ("Results", *metrics(results, "summary")),
+        ("Results", *metrics(results["summary"])),
         ("Coefficients: mean validation accuracy over the tuning seeds, %", *grid(results)),
-        (f"Paired differences from {BASE}", *metrics(results, "differences")),
+        *((f"Paired differences from {arm}", *metrics(results["differences"][arm], "+")) for arm in results["differences"]),
         ("Layers, means over the seeds", *layers(results)),
     ]
     console = Console()
@@ -58,14 +58,12 @@ def claims(results: Results) -> tuple[list[str], Rows]:
     for claim in results["claims"]:
         label = f"{NAMES[claim['metric']]}: {claim['arm']} {claim['direction']} than {claim['against']}"
         form = FORMS[claim["metric"]]
-        tests = [_number(claim["t_test_p"], ".3f"), _number(claim["sign_test_p"], ".3f")]
+        tests = [_probability(claim["t_test_p"]), _probability(claim["sign_test_p"])]
         rows.append((label, [_spread(claim, "+" + form), *tests, claim["verdict"]]))
     return ["difference", "p (t)", "p (sign)", "verdict"], rows
 
 
-def metrics(results: Results, part: str) -> tuple[list[str], Rows]:
-    columns = results[part]
-    sign = "+" if part == "differences" else ""
+def metrics(columns: dict[str, Any], sign: str = "") -> tuple[list[str], Rows]:
     rows = [
         (label, [_spread(of_arm[name], sign + FORMS[name]) for of_arm in columns.values()]) for name, label in NAMES.items()
     ]
@@ -125,6 +123,10 @@ def _spread(entry: dict[str, Any], form: str) -> str:
     spread = "" if entry["ci95"] is None else f" ± {entry['ci95']:{form.lstrip('+')}}"
     # adding 0.0 turns a rounded -0.0 into 0.0
     return f"{round(entry['mean'], int(form[-2])) + 0.0:{form}}{spread}"
+
+
+def _probability(value: float | None) -> str:
+    return "<0.001" if value is not None and value < 0.001 else _number(value, ".3f")
 
 
 def _number(value: float | None, form: str) -> str:

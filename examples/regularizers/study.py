@@ -19,7 +19,7 @@ from examples.shared.runs import interval, prepare, versions
 from examples.shared.storage import read_json, write_json
 
 from . import measure
-from .arms import ARMS, BASE
+from .arms import ARMS
 from .claims import CLAIMS, judge, paired
 from .config import Config
 from .data import Split, split
@@ -69,10 +69,15 @@ def run(config: Config, options: Options) -> dict[str, Any]:
         "tuning": tuned,
         "chosen": {arm: {"multiple": value, "coefficient": coefficient(config, arm, value)} for arm, value in chosen.items()},
         "summary": {arm: {name: interval([run[name] for run in of_arm]) for name in SCALARS} for arm, of_arm in runs.items()},
+        # from every arm that a claim holds another one against
         "differences": {
-            arm: {name: interval(paired(of_arm, runs[BASE], name)) for name in SCALARS}
-            for arm, of_arm in runs.items()
-            if arm != BASE
+            against: {
+                arm: {name: interval(paired(of_arm, runs[against], name)) for name in SCALARS}
+                for arm, of_arm in runs.items()
+                if arm != against
+            }
+            for against in dict.fromkeys(claim.against for claim in CLAIMS[config.study])
+            if against in runs
         },
         "claims": [judge(claim, runs) for claim in CLAIMS[config.study] if {claim.arm, claim.against} <= set(config.arms)],
         "runs": runs,

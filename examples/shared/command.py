@@ -27,11 +27,11 @@ def finish(work: Callable[[], str | None]) -> int:
     """Do the work and print its last line, if it has one. 0 done, 1 bad input or a failing disk, 130 stopped by Ctrl-C."""
     try:
         last = work()
-    except ExperimentError as error:
+    except (ExperimentError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        console.print("stopped; the same command with --resume goes on from here", markup=False)
+        console.print("stopped; the same command, with --resume and without --overwrite, goes on from here", markup=False)
         return 130
     if last is not None:
         print(last)

@@ -59,7 +59,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]  # of an empty file torch says nothing
         raise ExperimentError(f"cannot read {path}: {reason}; delete that file, or begin anew with --overwrite") from error
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from examples.cnn_experts import claims, config, measure, model
+from examples.cnn_experts import claims, config, measure, model, report
 from examples.cnn_experts.__main__ import main
 from examples.cnn_experts.config import Config
 
@@ -25,6 +25,40 @@ def test_figures_of_a_gate():
     logits = F.one_hot(torch.tensor([0, 1, 1, 1]), 2).float()
     assert measure.own_images(logits, weights, labels) == {"share": [0.5, 0.5, 0.0], "accuracy": [50.0, 100.0, None]}
     assert measure.fixed([logits, 1 - logits], labels) == {"each": [75.0, 25.0], "best": 75.0, "mean": 50.0, "worst": 25.0}
+
+
+def test_a_gate_that_is_not_finite_is_not_called_even():
+    weights = torch.tensor([[0.9, 0.1, 0.0], [0.0, 1.0, 0.0], [math.nan, math.nan, 0.0]])
+    for broken in (weights, torch.full((3, 3), math.nan)):
+        found = measure.of_gate(broken, torch.tensor([0, 1, 1]), ["a", "b"])
+        assert all(math.isnan(value) for value in found.values() if not isinstance(value, list))
+
+
+def part(each: list[float], load: list[float], own: list[float | None]) -> dict:
+    return {
+        **dict.fromkeys(("accuracy", "parameters", "multiply_adds"), 1.0),
+        "routing": {"load": load},
+        "fixed_expert": {"each": each, **dict.fromkeys(("best", "mean", "worst"), 1.0)},
+        "own_images": {"accuracy": own},
+    }
+
+
+def test_experts_without_images_do_not_count_as_specialists():
+    found = measure.scalars(part([90.0, 70.0, 10.0, 20.0], [1.0, 0.01, 0.009, 0.0], [99.0, 80.0, None, None]))
+    assert (found["fixed_used"], found["own_best"], found["own_worst"]) == (80, 99, 80)
+    found = measure.scalars(part([10.0, 10.0], [0.0, 0.0], [None, None]))
+    assert found["fixed_used"] is found["own_best"] is found["own_worst"] is None
+
+
+def test_every_comparison_has_its_arms_and_its_row():
+    quantities = {"importance_cv2", "load_cv2", "experts_used", "purity", "mutual_information", "fixed_used", "accuracy"}
+    judged = claims.judge({arm: [dict.fromkeys(quantities, 1.0)] for arm in config.ARMS})
+    assert [len(claim["rows"]) for claim in judged] == [6, 4, 2, 4]
+    assert {row["quantity"] for claim in judged for row in claim["rows"]} == quantities <= set(report.LABELS)
+    compared = [{row["comparison"] for row in claim["rows"]} for claim in judged]
+    assert compared[0] == compared[1] == {"soft - none", "soft - hard"}
+    assert compared[2] == {"hard - quiet", "hard - soft"}
+    assert compared[3] == {"hard - plain", "hard - quiet", "hard - none", "hard - soft"}
 
 
 def test_figures_of_a_constraint():
@@ -55,7 +89,7 @@ def test_multiply_adds_are_counted():
 
 
 def rows(**of_arms: list[float]) -> claims.Rows:
-    return {arm: [{"accuracy": value, "fixed_mean": value} for value in values] for arm, values in of_arms.items()}
+    return {arm: [{"accuracy": value, "fixed_used": value} for value in values] for arm, values in of_arms.items()}
 
 
 def test_claims_are_judged_by_paired_differences():
@@ -65,15 +99,17 @@ def test_claims_are_judged_by_paired_differences():
         rows(
             plain=[value + 5 for value in seeds],
             none=[value - 2 for value in seeds],
+            quiet=[value - 3 for value in seeds],
             relative=[value + delta for value, delta in zip(seeds, (0.1, 0.0, -0.1), strict=True)],
             mean=seeds,
         )
     )
     *_, general, accuracy = judged
-    assert [row["comparison"] for row in general["rows"]] == ["hard - none"]
+    assert [row["comparison"] for row in general["rows"]] == ["hard - quiet"]
     assert general["verdict"] == "supported"
     found = {row["comparison"]: (row["mean"], row["verdict"]) for row in accuracy["rows"]}
     assert found["hard - plain"] == (pytest.approx(-5), "contradicted")
+    assert found["hard - quiet"] == (pytest.approx(3), "supported")
     assert found["hard - none"] == (pytest.approx(2), "supported")
     assert "hard - soft" not in found
     assert accuracy["verdict"] == "mixed"
@@ -118,7 +154,7 @@ def test_a_claim_is_what_its_comparisons_are(verdicts, expected):
         ("--stem=imagenet", "--image-size must be at least 33 with --stem imagenet, got 16"),
         ("--lr=0", "--lr must be a finite number above 0, got 0.0"),
         ("--mean-bound=-1", "--mean-bound must be a finite number of at least 0, got -1.0"),
-        ("--arms none soft", "--arms must be any of plain, none, importance, kl, relative, mean, got soft"),
+        ("--arms none soft", "--arms must be any of plain, none, quiet, importance, kl, relative, mean, got soft"),
         ("--arms none none", "--arms must be each named once, got none none"),
     ],
 )

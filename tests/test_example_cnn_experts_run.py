@@ -22,7 +22,7 @@ FLAGS = (
     "--relative-bound=0.1 --mean-bound=0.05"
 )
 PICTURES = ["class_weights", "fixed_expert", "gate_scores", "load", "training"]
-ARM_FIGURES = ["importance_cv2", "load_cv2", "experts_used", "purity", "mutual_information", "fixed_mean", "own_best"]
+ARM_FIGURES = ["importance_cv2", "load_cv2", "experts_used", "purity", "mutual_information", "fixed_used", "own_best"]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,8 @@ def test_a_run_that_was_stopped_ends_the_same(run, photos, tmp_path, capsys, mon
     arms = ["--arms", "kl", "relative", "mean", "--seeds=1"]
     monkeypatch.setattr(train, "save_checkpoint", stopping)
     assert main(command(photos, tmp_path, *arms)) == 130
-    assert "stopped; the same command with --resume goes on from here" in capsys.readouterr().err
+    told = " ".join(capsys.readouterr().err.split())  # the terminal's width breaks it
+    assert "stopped; the same command, with --resume and without --overwrite, goes on from here" in told
     monkeypatch.setattr(train, "save_checkpoint", real)
     assert main(command(photos, tmp_path, *arms, "--resume")) == 0
     for arm in ("kl", "relative", "mean"):
@@ -152,6 +153,15 @@ def test_another_run_is_neither_overwritten_nor_continued(run, photos, capsys):
     assert main(command(photos, run.out, "--resume", "--gate=conv")) == 1
     assert "--gate was gap-fc, is conv" in capsys.readouterr().err
     assert (run.out / "results.json").read_bytes() == before
+
+
+def test_a_run_goes_on_with_another_arm(photos, tmp_path):
+    flags = ["--seeds=1", "--epochs=1"]
+    assert main(command(photos, tmp_path, *flags, "--arms", "plain")) == 0
+    before = (tmp_path / "parts" / "plain-seed0.json").stat().st_mtime_ns
+    assert main(command(photos, tmp_path, *flags, "--resume", "--arms", "plain", "quiet")) == 0
+    assert (tmp_path / "parts" / "plain-seed0.json").stat().st_mtime_ns == before
+    assert set(json.loads((tmp_path / "results.json").read_text())["runs"]) == {"plain", "quiet"}
 
 
 def test_too_few_images_are_told(photos, tmp_path, capsys):

@@ -5,5 +5,6 @@ model    ResNet-18, one stage of it a mixture, gates     claims   the paper's cl
 train    the training loop, checkpoints                  report   tables as text and Markdown
 measure  what a trained network does with test images    figures  pictures
 
-Images, splits, augmentation, files and progress bars are those of `examples.image_classification`.
+Images, splits, augmentation and paths are those of `examples.image_classification`; flags, files, progress bars and intervals
+those of `examples.shared`.
 """

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from examples.shared.runs import interval
 
-GROUPS = {"soft": ("importance", "kl"), "hard": ("relative", "mean"), "none": ("none",), "plain": ("plain",)}
+GROUPS = {"soft": ("importance", "kl"), "hard": ("relative", "mean")} | {arm: (arm,) for arm in ("none", "quiet", "plain")}
 
 
 class Claim(NamedTuple):
@@ -36,8 +36,8 @@ CLAIMS = (
         ("none", "hard"),
         {"purity": 1, "mutual_information": 1},
     ),
-    Claim("Hard constraints keep experts more general", "hard", ("none", "soft"), {"fixed_mean": 1}),
-    Claim("Hard constraints give the higher accuracy", "hard", ("plain", "none", "soft"), {"accuracy": 1}),
+    Claim("Hard constraints keep experts more general", "hard", ("quiet", "soft"), {"fixed_used": 1}),
+    Claim("Hard constraints give the higher accuracy", "hard", ("plain", "quiet", "none", "soft"), {"accuracy": 1}),
 )
 Rows = dict[str, list[dict[str, float | None]]]
 

@@ -24,6 +24,7 @@ class Arm(NamedTuple):
 ARMS = {
     "plain": Arm(moe=False),
     "none": Arm(noise=True),
+    "quiet": Arm(),  # the hard arms but for their constraint
     "importance": Arm(noise=True, loss="importance"),
     "kl": Arm(noise=True, loss="kl"),
     "relative": Arm(constraint="relative"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -54,7 +56,7 @@ def of_gate(weights: Tensor, labels: Tensor, classes: list[str]) -> dict[str, An
     load = (weights > 0).double().mean(0)
     by_class = torch.stack([weights[labels == label].mean(0) for label in range(len(classes))])
     known = routing.measure(weights[:, None], labels, classes)
-    return {
+    found = {
         "class_weights": by_class.tolist(),  # (classes, K): mean weight
         "load": load.tolist(),
         "experts_used": int((load >= USED).sum()),
@@ -65,6 +67,10 @@ def of_gate(weights: Tensor, labels: Tensor, classes: list[str]) -> dict[str, An
         "mutual_information": known["mutual_information"],
         "mutual_information_chance": known["mutual_information_chance"],
     }
+    if weights.isfinite().all():
+        return found
+    # a diverged gate chooses nothing: its load would be an even one, of zeros
+    return found | {name: math.nan for name, value in found.items() if not isinstance(value, list)}
 
 
 def fixed(alone: list[Tensor], labels: Tensor) -> dict[str, Any]:
@@ -113,6 +119,10 @@ def scalars(part: dict[str, Any]) -> dict[str, float | None]:
         return found
     found |= {name: value for name, value in part["routing"].items() if not isinstance(value, list)}
     found |= {f"fixed_{name}": part["fixed_expert"][name] for name in ("best", "mean", "worst")}
+    # an expert that was never trained is not a specialist
+    alone = zip(part["fixed_expert"]["each"], part["routing"]["load"], strict=True)
+    used = [accurate for accurate, share in alone if share >= USED]
+    found["fixed_used"] = fmean(used) if used else None
     known = [value for value in part["own_images"]["accuracy"] if value is not None]
-    found |= {"own_best": max(known), "own_worst": min(known)}
+    found |= {"own_best": max(known, default=None), "own_worst": min(known, default=None)}
     return found | part.get("constraint", {})

@@ -25,11 +25,12 @@ QUANTITIES = (
     ("One fixed expert: best, %", "fixed_best", ".1f"),
     ("One fixed expert: mean, %", "fixed_mean", ".1f"),
     ("One fixed expert: worst, %", "fixed_worst", ".1f"),
+    ("One fixed expert, mean over used experts, %", "fixed_used", ".1f"),
     ("On an expert's own images: best, %", "own_best", ".1f"),
     ("On an expert's own images: worst, %", "own_worst", ".1f"),
     ("Closed in training, % of experts times steps", "closed", ".1f"),
     ("Steps with a closed expert, %", "steps_with_closed", ".1f"),
-    ("Largest excess over the bound", "largest_excess", ".3f"),
+    ("Largest excess over the bound, in the bound's unit", "largest_excess", ".3f"),
 )
 WIDTH = 160
 LABELS = {name: label for label, name, _ in QUANTITIES}
@@ -44,7 +45,7 @@ def write(results: dict[str, Any], out: Path) -> None:
         ("The paper's claims", claim_rows(results), ["difference", "claimed", "verdict"]),
     ]
     console = Console()
-    if not console.is_terminal:  # a file has no width, and six arms need more than 80 columns
+    if not console.is_terminal:  # a file has no width, and seven arms need more than 80 columns
         console = Console(width=WIDTH)
     for heading, rows, columns in titled:
         table = Table("", *columns, title=escape(heading), title_justify="left")

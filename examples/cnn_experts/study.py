@@ -30,7 +30,9 @@ def run(config: Config, options: Options) -> dict[str, Any]:
     device = config.resolved_device()
     data, splits = images(config)
     fingerprint = digest(data)
-    prepare(dataclasses.asdict(config) | {"device": str(device), "digest": fingerprint}, options)
+    settings = dataclasses.asdict(config) | {"device": str(device), "digest": fingerprint}
+    del settings["arms"]  # no arm depends on which others are run, so --resume may name more
+    prepare(settings, options)
     data = move(data, device)
     parts: dict[str, list[dict[str, Any]]] = {arm: [] for arm in config.arms}
     with bars() as progress:

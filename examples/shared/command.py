@@ -31,7 +31,9 @@ def finish(work: Callable[[], str | None]) -> int:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        console.print("stopped; the same command, with --resume and without --overwrite, goes on from here", markup=False)
+        console.print(
+            "stopped; the same command, with --resume and without --overwrite, goes on from here", markup=False, soft_wrap=True
+        )
         return 130
     if last is not None:
         print(last)

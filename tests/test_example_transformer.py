@@ -56,6 +56,9 @@ def test_what_is_left_behind(ran: Path) -> None:
     tables = (ran / "tables.md").read_text()
     assert "### Differences to none, paired by seed" in tables
     assert "### Differences to own, paired by seed" in tables
+    told = results(ran)["data"]["specialisation_by_token"]
+    assert f"| the same, by the byte alone | {' | '.join([f'{told:.3f}'] * len(config.ARMS))} |" in tables
+    assert "Share of the strings of 24 bytes of validation that are in the training text too: letters 0." in tables
 
 
 def test_every_arm_begins_alike_and_goes_its_own_way(ran: Path) -> None:
@@ -130,6 +133,19 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(ran: Path, text: Path, tmp
     assert without_times(results(tmp_path))[arm] == without_times(results(ran))[arm]
     weights = [load_file(out / "models" / f"{arm}-seed0" / "model.safetensors") for out in (ran, tmp_path)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_diverged_run_resumes(text: Path, tmp_path: Path) -> None:
+    flags = arguments(text, tmp_path, "--arms", "none", "both", "--lr", "1e30")
+    assert main(flags) == 0
+    first = (tmp_path / "results.json").read_bytes()
+    tables = (tmp_path / "tables.md").read_text()
+    found = results(tmp_path)
+    assert found["runs"]["both"][0]["train"]["history"][-1]["loss"] is None
+    assert found["summary"]["both"]["forgetting_at_common_gain"]["mean"] is None
+    assert main([*flags, "--resume"]) == 0
+    assert (tmp_path / "results.json").read_bytes() == first
+    assert (tmp_path / "tables.md").read_text() == tables
 
 
 def test_fine_tuning_a_folder(ran: Path, text: Path, tmp_path: Path) -> None:

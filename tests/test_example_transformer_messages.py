@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformer_worker import arguments, write_domains
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer
 
 from examples.transformer_moe import arms, measure, model
 from examples.transformer_moe.__main__ import main
@@ -116,6 +117,24 @@ def test_a_tokenizer_without_an_end(tmp_path: Path, capsys, monkeypatch) -> None
     monkeypatch.setattr(model.AutoTokenizer, "from_pretrained", lambda name: SimpleNamespace(eos_token_id=None))
     assert main(["--model", "some/model", "--out", str(tmp_path), "--device", "cpu"]) == 1
     assert "--model needs a tokenizer with an end-of-text token, got none in some/model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), RuntimeError("no space left"), SafetensorError("no space left")])
+@pytest.mark.parametrize("place", ["checkpoint", "model"])
+def test_a_full_disk(tmp_path: Path, capsys, monkeypatch, place: str, error: Exception) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    write_domains(tmp_path / "data")
+    monkeypatch.setattr(
+        *((Trainer, "_save_checkpoint") if place == "checkpoint" else (PreTrainedModel, "save_pretrained")), fail
+    )
+    # a single measurement leaves no checkpoint, only the model
+    flags = ["--arms", "none", "--evaluations", "2" if place == "checkpoint" else "1"]
+    assert main(arguments(tmp_path / "data", tmp_path / "out", *flags)) == 1
+    folder = tmp_path / "out" / ("work/none-seed0/train" if place == "checkpoint" else "models/none-seed0")
+    expected = f"cannot write {folder}: no space left; make room, or choose another --out; what was saved before is intact"
+    assert expected in " ".join(capsys.readouterr().err.split())
 
 
 def test_gates_that_hide_their_choice() -> None:

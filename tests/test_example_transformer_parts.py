@@ -84,6 +84,17 @@ def test_windows_go_round_every_domain_alike() -> None:
     assert (data.draw(text, _with(SMALL, sequence=1), 0, 5, domain=1).rows >= 100).all()
 
 
+def test_strings_that_are_in_both_parts() -> None:
+    learned = torch.arange(200).view(4, 50)
+    # two windows of 50 with 3 strings of 48 each: the first is there across two windows of training, of the second one string
+    held_out = torch.stack([torch.arange(20, 70), torch.cat([torch.arange(100, 148), torch.tensor([9, 9])])])
+    apart = torch.arange(1000, 1100).view(2, 50)
+    text = data.Text(["a", "b"], [learned, learned], torch.stack([held_out, apart]), [1.0, 1.0], [0.0, 0.0], 0.0, "")
+    assert data.copied(text) == pytest.approx([4 / 6, 0.0])
+    short = text._replace(validation=torch.arange(4).view(1, 2, 2), train=[torch.tensor([[0, 1, 3, 2]])])
+    assert (data.copied_length(short), data.copied(short)) == (2, [0.5])
+
+
 def test_unigram_entropy() -> None:
     assert data.unigram_entropy(torch.tensor([3, 3, 5, 7])) == pytest.approx(1.5 * math.log(2))
 
@@ -122,6 +133,16 @@ def test_specialisation_by_hand() -> None:
     assert chance[1] == 0
     shares = measure.domain_shares(experts, 3)
     assert shares[2].tolist() == [[0.5, 0.0, 0.5], [0.0, 0.5, 0.5]]
+
+
+def test_what_tokens_alone_tell_by_hand() -> None:
+    apart = torch.tensor([[[0, 0]], [[1, 1]]])  # (domains, windows, tokens): a token tells its domain
+    by_chance, at_best = measure.told_by_tokens(apart, 2)
+    # a map of the two tokens to one expert tells nothing, one to two tells all
+    assert by_chance * measure.MAPS == pytest.approx(round(by_chance * measure.MAPS))
+    assert 0 < by_chance < at_best == pytest.approx(1.0)
+    assert measure.told_by_tokens(apart, 2) == (by_chance, at_best)
+    assert measure.told_by_tokens(torch.zeros(2, 3, 4, dtype=torch.long), 4) == (0.0, 0.0)
 
 
 @given(st.integers(2, 8), st.integers(2, 12), st.integers(0, 100))
@@ -176,6 +197,18 @@ def test_what_is_lost_at_equal_gain() -> None:
     backwards = {"history": [{"domains": {"a": 3.0, "b": 2.0}}, {"domains": {"a": 3.5, "b": 2.0}}]}
     summary.at_equal_gain([fast, backwards], rows, "a")
     assert rows[0]["forgetting_at_common_gain"] is None
+
+
+def test_an_arm_that_diverged_has_no_part_in_the_equal_gain() -> None:
+    sound = {"history": [{"domains": {"a": 3.0 - gain, "b": 2.0 + loss}} for gain, loss in ((0, 0), (0.4, 0.1))]}
+    gone = {"history": [{"domains": {"a": 3.0, "b": 2.0}}, {"domains": {"a": 2.9, "b": None}}]}
+    assert summary.adaptation(gone, "a") == ([0.0, pytest.approx(0.1)], [0.0, None])
+    rows: list[dict[str, float | None]] = [{}, {}]
+    summary.at_equal_gain([sound, gone], rows, "a")
+    assert [row["common_gain"] for row in rows] == [pytest.approx(0.4), None]
+    assert [row["forgetting_at_common_gain"] for row in rows] == [pytest.approx(0.1), None]
+    summary.at_equal_gain([gone], rows[1:], "a")
+    assert rows[1] == {"common_gain": None, "forgetting_at_common_gain": None}
 
 
 def test_differences_are_paired_by_seed() -> None:

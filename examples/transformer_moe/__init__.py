@@ -7,5 +7,5 @@ model    a small MoE of any architecture, or yours       report   tables as text
 arms     what each arm adds to the loss                  figures  pictures
 train    transformers' Trainer, checkpoints
 
-Files, progress bars and intervals are those of `examples.image_classification`.
+Flags, files, progress bars and intervals come from `examples.shared`.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from .config import Config
 from .sources import Document
 
 VALIDATION = 10  # one document in ten, by its hash
+COPIED = 48  # tokens: as long a string is hardly the same by chance
 LEAST_DOCUMENTS = 2 * VALIDATION  # a domain of fewer is cut by length, not by document
 
 
@@ -119,6 +121,27 @@ def draw(text: Text, config: Config, seed: int, steps: int, domain: int | None =
         order = torch.randperm(len(windows), generator=generator)
         rows[places] = windows[order[torch.arange(len(places)) % len(windows)]]
     return Windows(rows)
+
+
+def copied(text: Text) -> list[float]:
+    """By domain: share of the strings of `copied_length` tokens in its validation that its training text holds too."""
+    length = copied_length(text)
+    shares = []
+    for learned, held_out in zip(text.train, text.validation, strict=True):
+        wanted = [string for window in held_out for string in _strings(window, length)]
+        known = set(wanted).intersection(_strings(learned.flatten(), length))
+        shares.append(sum(string in known for string in wanted) / len(wanted))
+    return shares
+
+
+def copied_length(text: Text) -> int:
+    return min(COPIED, text.validation.shape[-1])
+
+
+def _strings(tokens: Tensor, length: int) -> Iterator[bytes]:
+    width = tokens.element_size()
+    raw = tokens.numpy().tobytes()
+    return (raw[start * width : (start + length) * width] for start in range(len(tokens) - length + 1))
 
 
 def unigram_entropy(tokens: Tensor) -> float:

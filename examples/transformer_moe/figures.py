@@ -97,7 +97,7 @@ def gates(results: Results) -> Figure:
     for axes, (name, label) in zip(grid.flat, shown, strict=True):
         skip = 1 if name == "fluctuation" else 0
         for index, (arm, of_arm) in enumerate(results["runs"].items()):
-            values = [[np.mean(row[name]) for row in run["train"]["history"][skip:]] for run in of_arm]
+            values = [[np.array(row[name], dtype=float).mean() for row in run["train"]["history"][skip:]] for run in of_arm]
             _lines(axes, _steps(of_arm)[skip:], np.array(values, dtype=float), index, arm)
         axes.set_title(label, fontsize=9)
         axes.set_xlabel("step", fontsize=8)

@@ -25,6 +25,7 @@ from .config import Config
 from .data import Text
 
 SHUFFLES = 20
+MAPS = 20
 # an expert with less than this part of an even share is dead, as in `MoEHandle.metrics`
 DEAD = 0.01
 
@@ -124,6 +125,20 @@ def specialisation(experts: Tensor, count: int) -> tuple[Tensor, Tensor]:
         for _ in range(SHUFFLES)
     ]
     return _information(domain_shares(top, count)), torch.stack(shuffled).mean(0)
+
+
+def told_by_tokens(validation: Tensor, count: int) -> tuple[float, float]:
+    """(D, W, T) -> what a gate that knows the current token alone tells of the domain, by chance and at best.
+
+    By chance: I(domain; expert) / H(domain), mean over random maps from tokens to experts.
+    At best: I(domain; token) / H(domain).
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = int(validation.max()) + 1
+    maps = torch.randint(count, (MAPS, size), generator=generator)
+    mapped = rearrange(maps[:, validation], "l d w t -> d w t l 1")
+    tokens = rearrange(validation, "d w t -> d w t 1 1")
+    return float(_information(domain_shares(mapped, count)).mean()), float(_information(domain_shares(tokens, size)))
 
 
 def _information(shares: Tensor) -> Tensor:

@@ -87,10 +87,21 @@ def shown(results: dict[str, Any]) -> tuple[tuple[str, str, str], ...]:
 
 def arm_rows(results: dict[str, Any]) -> Rows:
     speed = SPEED if "none" in results["summary"] else SPEED[:1]
-    return [
-        (label, [_cell(of_arm[name], form) for of_arm in results["summary"].values()])
+    rows = [
+        (name, (label, [_cell(of_arm[name], form) for of_arm in results["summary"].values()]))
         for label, name, form in shown(results) + speed
     ]
+    by_token = [f"{results['data']['specialisation_by_token']:.3f}"] * len(results["summary"])
+    found: Rows = []
+    for name, row in rows:
+        found.append(row)
+        if name == "specialisation_chance":  # of the text, and the same for every arm
+            found.append((f"the same, by the {unit(results)} alone", by_token))
+    return found
+
+
+def unit(results: dict[str, Any]) -> str:
+    return "token" if results["config"]["model"] else "byte"
 
 
 def layer_rows(results: dict[str, Any]) -> Rows:
@@ -125,6 +136,13 @@ def footnote(results: dict[str, Any]) -> str:
         f"Load: share of the assignments of tokens to experts. Dead: below 1 % of an even share. Coefficients: penalty "
         f"{config['alpha']}, balance {config['beta']}, own {config['own_coef']}.",
     ]
+    copies = ", ".join(f"{name} {share:.3f}" for name, share in text["copied"].items())
+    words.append(
+        f"Share of the strings of {text['copied_length']} {unit(results)}s of validation that are in the training text "
+        f"too: {copies}."
+    )
+    if len(text["domains"]) > 1:
+        words.append(f"I(domain; {unit(results)}) / H(domain): {text['specialisation_of_tokens']:.3f}.")
     if results["adapt_domain"]:
         words.append(
             f"Adaptation: {config['adapt_steps']} more steps on {results['adapt_domain']} alone; equal gain: that of the arm "

@@ -18,7 +18,7 @@ from examples.shared.progress import bars, console
 from examples.shared.runs import prepare, versions
 from examples.shared.storage import read_json, write_json
 
-from . import data, model, summary
+from . import data, measure, model, summary
 from .config import Config, processes
 from .data import Text
 from .train import Phase, Run, fit
@@ -46,6 +46,8 @@ def run(config: Config, options: Options) -> dict[str, Any] | None:
                 progress.advance(total)
     if not state.is_main_process:
         return None
+    experts = len(parts[config.arms[0]][0]["train"]["history"][0]["load"][0])
+    by_token, at_best = measure.told_by_tokens(text.validation, experts)
     results = {
         "config": dataclasses.asdict(config),
         "device": torch.cuda.get_device_name() if config.resolved_device() == "cuda" else "cpu",
@@ -59,6 +61,10 @@ def run(config: Config, options: Options) -> dict[str, Any] | None:
             "validation_tokens": text.validation.numel(),
             "entropy": dict(zip(text.domains, text.entropy, strict=True)),
             "pooled_entropy": text.pooled_entropy,
+            "specialisation_by_token": by_token,
+            "specialisation_of_tokens": at_best,
+            "copied": dict(zip(text.domains, data.copied(text), strict=True)),
+            "copied_length": data.copied_length(text),
         },
         "adapt_domain": adapt_domain(config, text),
         **summary.of(parts, adapt_domain(config, text)),
@@ -97,14 +103,14 @@ def _run_one(
             lambda step, task=task: progress.update(task, completed=step),  # type: ignore[misc]
         )
         progress.remove_task(task)
-        _save(file, part, state)
-    part["complete"] = True
-    _save(file, part, state)
+        part = _save(file, part, state)
+    part = _save(file, part | {"complete": True}, state)
     if state.is_main_process:
         shutil.rmtree(here.work, ignore_errors=True)
         last = part["train"]["history"][-1]
+        loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f} nats a byte"
         console.print(
-            f"{name:<16} loss {last['loss']:.4f} nats a byte   load CV {max(last['load_cv']):.2f} at worst   "
+            f"{name:<16} loss {loss}   load CV {max(last['load_cv']):.2f} at worst   "
             f"dead {sum(last['dead'])}   {time.perf_counter() - started:.0f} s"
         )
     return part
@@ -132,7 +138,11 @@ def phases(config: Config, text: Text, seed: int) -> list[Phase]:
     return found
 
 
-def _save(file: Path, part: dict[str, Any], state: PartialState) -> None:
+def _save(file: Path, part: dict[str, Any], state: PartialState) -> dict[str, Any]:
+    """What a resumed run reads: None for a number that is not finite."""
     if state.is_main_process:
         write_json(file, part)
     state.wait_for_everyone()
+    saved: dict[str, Any] = read_json(file)
+    state.wait_for_everyone()  # all have read it before one writes it again
+    return saved

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin  # type: ignore[import-untyped,unused-ignore]
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
+from examples.shared.command import ExperimentError
 from examples.shared.storage import load_checkpoint, save_checkpoint
 from spectral_router import MoEHandle
 from spectral_router.integrations.transformers import MoECallback
@@ -91,6 +94,10 @@ class RoutedTrainer(Trainer):
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with _writing(Path(str(self.args.output_dir))):
+            super()._save_checkpoint(*args, **kwargs)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         row = self.measured(self.state.global_step)
         numbers = {"eval_loss": row["loss"], **{f"eval_loss_{name}": loss for name, loss in row["domains"].items()}}
@@ -165,12 +172,24 @@ def _keep(network: Any, tokenizer: Any, handle: MoEHandle | None, folder: Path) 
         plain = model.empty(network.config)
         plain.load_state_dict(weights)
     partial = folder.with_name(f"{folder.name}.partial")
-    plain.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    if handle is not None:
-        save_checkpoint(partial / ROUTERS, handle.state_dict())
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.replace(folder)
+    with _writing(folder):
+        plain.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if handle is not None:
+            save_checkpoint(partial / ROUTERS, handle.state_dict())
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.replace(folder)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise ExperimentError(
+            f"cannot write {path}: {error}; make room, or choose another --out; what was saved before is intact, and --resume "
+            "goes on from it"
+        ) from error
 
 
 def arguments(config: Config, run: Run, phase: Phase, folder: Path, resumed: int) -> TrainingArguments:

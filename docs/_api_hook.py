@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 SECTIONS = ("Args", "Attributes", "Raises", "Returns", "Source", "Warns")
-METHODS = ("init_from", "reset_parameters", "loss", "metrics", "state_dict", "load_state_dict", "remove", "of")
+METHODS = ("init_from", "reset_parameters", "observe", "loss", "metrics", "state_dict", "load_state_dict", "remove", "of")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

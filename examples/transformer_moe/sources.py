@@ -85,7 +85,7 @@ def _read(files: Iterable[Path], root: Path | None, longest: int = LONGEST) -> I
 def _hub(config: Config) -> dict[str, Iterable[Document]]:
     name = config.dataset
     try:
-        from datasets import load_dataset  # type: ignore[import-untyped,unused-ignore]
+        from datasets import load_dataset
     except ImportError:
         raise ExperimentError(
             f"--dataset {name} is no file and no folder, and a hub data set needs `pip install datasets`"

@@ -18,8 +18,9 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def render(path: str) -> str:
     module, _, name = path.rpartition(".")
     target = getattr(importlib.import_module(module), name)
-    # a NamedTuple's signature says nothing that its docstring does not
-    call = name if isinstance(target, type) and issubclass(target, tuple) else name + _signature(target)
+    # the signature of a NamedTuple says nothing that its docstring does not, that of a protocol nothing at all
+    plain = isinstance(target, type) and (issubclass(target, tuple) or getattr(target, "_is_protocol", False))
+    call = name if plain else name + _signature(target)
     text = f"```python\n{call}\n```\n\n{docstring_to_markdown(inspect.getdoc(target) or '')}"
     for method in METHODS:
         if method in vars(target) and (body := getattr(target, method)).__doc__:

@@ -103,9 +103,9 @@ def test_a_prediction_has_the_weights_that_were_used():
     assert not torch.allclose(weights[:, 0], routed[0].probs, atol=0.1)
 
 
-@pytest.mark.parametrize("name", ["norm", "lewandowski", "comhe"])
+@pytest.mark.parametrize("name", ["rank", "norm", "lewandowski", "comhe"])
 def test_penalties_with_a_memory_resume_exactly(name, tmp_path):
-    config = replace(CONFIG, penalty=name)
+    config = replace(CONFIG, penalty=name, sigma_target="initial")  # the anchor is a memory too
     whole = run(config, "spectral", tmp_path / "whole").model
     run(replace(config, epochs=1), "spectral", tmp_path / "parts")
     resumed = run(config, "spectral", tmp_path / "parts").model

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from examples.shared.command import finish
+from examples.shared.command import example
 
 from . import figures, report, study
 from .config import parse
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return finish(lambda: _work(arguments))
-
-
-def _work(arguments: list[str] | None) -> str:
-    config, options = parse(arguments)
-    results = study.run(config, options)
-    report.write(results, options.out)
-    drawn = figures.draw(results, options.out / "figures")
-    return f"results: {options.out / 'results.json'}, tables.md; pictures: {', '.join(str(path) for path in drawn)}"
+    return example(arguments, parse, study.run, report.write, figures.draw)
 
 
 if __name__ == "__main__":

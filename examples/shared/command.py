@@ -40,6 +40,27 @@ def finish(work: Callable[[], str | None]) -> int:
     return 0
 
 
+def example(
+    arguments: list[str] | None,
+    parse: Callable[[list[str] | None], tuple[Any, Options]],
+    run: Callable[[Any, Options], dict[str, Any] | None],
+    write: Callable[[dict[str, Any], Path], Any],
+    draw: Callable[[dict[str, Any], Path], list[Path]],
+) -> int:
+    """From flags to pictures; the exit status as of `finish`. `run` gives None where another process writes."""
+
+    def work() -> str | None:
+        config, options = parse(arguments)
+        results = run(config, options)
+        if results is None:
+            return None
+        write(results, options.out)
+        drawn = draw(results, options.out / "figures")
+        return f"results: {options.out / 'results.json'}, tables.md; pictures: {', '.join(str(path) for path in drawn)}"
+
+    return finish(work)
+
+
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=prog, allow_abbrev=False, description=description)  # --seed 7 must not mean --seeds 7
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from examples.image_classification import config as image_config
-from examples.shared.command import Options, add_flags, add_place, flag, parser, place, require
+from examples.shared.command import Options, add_flags, add_place, flag, parser, require, settle
 
 
 class Arm(NamedTuple):
@@ -129,8 +129,4 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, Options]:
     )
     add_flags(flags, Config)
     add_place(flags, "runs/cnn_experts")
-    given = vars(flags.parse_args(arguments))
-    where = place(given)
-    config = Config(**given)
-    config.validate()
-    return config, where
+    return settle(Config, vars(flags.parse_args(arguments)))

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from examples.shared.figures import save
+from examples.shared.figures import plain, save
 
 from .config import ARMS
 
@@ -52,7 +52,7 @@ def class_weights(results: Results) -> Figure:
             )
         axes.set_xticks(range(experts), [f"E{expert + 1}" for expert in range(experts)], fontsize=7)
         if few:
-            axes.set_yticks(range(len(classes)), [_plain(name) for name in classes], fontsize=7)
+            axes.set_yticks(range(len(classes)), [plain(name) for name in classes], fontsize=7)
         axes.set_title(f"{arm}, seed {run['seed']}", fontsize=9)
     figure.colorbar(image, ax=[axes for axes, _, _ in grid], label="mean weight")
     figure.suptitle("Mean weight of each expert, by class (test images)")
@@ -88,7 +88,7 @@ def gate_scores(results: Results) -> Figure:
     for column, (arm, (first, *_)) in enumerate(runs.items()):
         gate = first["gate"]
         points = embed(np.array(gate["scores"], dtype=float))
-        rows = (("labels", [_plain(name) for name in classes]), ("winners", [f"E{expert + 1}" for expert in range(experts)]))
+        rows = (("labels", [plain(name) for name in classes]), ("winners", [f"E{expert + 1}" for expert in range(experts)]))
         for row, (key, names) in enumerate(rows):
             axes = grid[row, column]
             for number, name in enumerate(names):
@@ -160,8 +160,3 @@ def _grid(results: Results, width: float, height: float) -> tuple[Figure, list[t
 
 def _color(number: int, of: int) -> Any:
     return f"C{number}" if of <= 10 else plt.get_cmap("turbo")(number / (of - 1))
-
-
-def _plain(name: str) -> str:
-    """A class name as text: matplotlib reads $ as mathematics, and leaves labels with a leading underscore out."""
-    return (" " + name if name.startswith("_") else name).replace("$", r"\$")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ def run(config: Config, options: Options) -> dict[str, Any]:
     results = {
         "config": dataclasses.asdict(config),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "versions": versions() | {name: version(name) for name in ("torchvision", "scikit-learn")},
+        "versions": versions("torchvision", "scikit-learn"),
         "seeds": list(range(config.seeds)),
         "data": {
             "classes": data.classes,

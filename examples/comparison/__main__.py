@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from examples.image_classification.config import Config, settle
-from examples.shared.command import ExperimentError, Options, add_flags, add_place, finish, parser, require
+from examples.image_classification.config import Config
+from examples.shared.command import ExperimentError, Options, add_flags, add_place, finish, parser, require, settle
 
 from . import report, run
 from .arms import ARMS
@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, Options, list[str
     if unknown:
         raise ExperimentError(f"--arms must be any of {'; '.join(ARMS)}, got {'; '.join(unknown)}")
     require(tuning_seeds >= 1, "tuning_seeds", "at least 1", tuning_seeds)
-    config, options = settle(given, **DEFAULTS)
+    config, options = settle(Config, given, DEFAULTS)
     return config, options, list(dict.fromkeys(names)), tuning_seeds
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from examples.shared.command import ExperimentError, Options, add_flags, add_place, flag, parser, place, require
+from examples.shared.command import ExperimentError, Options, add_flags, add_place, flag, parser, require, settle
 from spectral_router.functional import spectral_rank_penalty
 
 from .terms import BALANCES, CONTROLLERS, INPLACE, PENALTIES
@@ -147,14 +147,6 @@ class Config:
         return device
 
 
-def settle(given: dict[str, Any], **defaults: Any) -> tuple[Config, Options]:
-    """Config and Options of the flags that were given."""
-    where = place(given)
-    config = Config(**{**defaults, **given})
-    config.validate()
-    return config, where
-
-
 def parse(arguments: list[str] | None = None) -> tuple[Config, Options]:
     flags = parser(
         "python -m examples.image_classification",
@@ -168,4 +160,4 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, Options]:
     )
     given = vars(flags.parse_args(arguments))
     preset = given.pop("preset")
-    return settle(given, **(PRESETS[preset] if preset else {}))
+    return settle(Config, given, PRESETS[preset] if preset else None)

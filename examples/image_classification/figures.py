@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from examples.shared.figures import save
+from examples.shared.figures import plain, save
 
 PATHS_SHOWN = 12
 SEEDS_SHOWN = 3
@@ -108,7 +108,7 @@ def oneshot(results: Results) -> Figure:
         _bars(left, np.array([index]), [summary["accuracy"]], 0.7, router, f"C{index}")
     left.set_xticks(range(len(results["summary"])), list(results["summary"]), rotation=20, fontsize=8)
     left.set(title="before the update", ylabel="test accuracy, %", ylim=(0, 100))
-    right.set_xticks(range(len(names)), [_plain(name) for name in names])
+    right.set_xticks(range(len(names)), [plain(name) for name in names])
     right.axhline(0, color="black", linewidth=0.8)
     right.set(title="after one update on a novel image of ...", ylabel="change of test accuracy, points")
     figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
@@ -154,17 +154,12 @@ def _mean(values: list[float | None]) -> float:
     return float(np.mean(np.array(values, dtype=float)))  # null, of a diverged run, becomes NaN
 
 
-def _plain(name: str) -> str:
-    """A class name as text: matplotlib reads $ as mathematics, and leaves labels with a leading underscore out."""
-    return (" " + name if name.startswith("_") else name).replace("$", r"\$")
-
-
 def _stack(axes: Axes, places: Any, table: Any, classes: list[str]) -> None:
     """Bars stacked by class; table (bars, classes)."""
     bottom = np.zeros(len(table))
     for label, name in enumerate(classes):
         color = f"C{label}" if len(classes) <= 10 else plt.get_cmap("turbo")(label / (len(classes) - 1))
-        axes.bar(places, table[:, label], 0.8, bottom=bottom, color=color, label=_plain(name))
+        axes.bar(places, table[:, label], 0.8, bottom=bottom, color=color, label=plain(name))
         bottom += table[:, label]
 
 

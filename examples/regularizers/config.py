@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from examples.image_classification import config as images
-from examples.shared.command import Options, add_flags, add_place, flag, parser, place, require
+from examples.shared.command import Options, add_flags, add_place, flag, parser, require, settle
 
 from .arms import ARMS, BASE
 
@@ -101,7 +101,4 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, Options]:
         add_flags(command, Config, ("study", "arms"), defaults)
         add_place(command, f"runs/regularizers/{study}")
     given = vars(flags.parse_args(arguments))
-    where = place(given)
-    config = Config(**{**STUDIES[given["study"]], **given})
-    config.validate()
-    return config, where
+    return settle(Config, given, STUDIES[given["study"]])

@@ -6,9 +6,20 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from .progress import console
+
+
+class Checked(Protocol):
+    """A Config: a dataclass that knows its rules."""
+
+    def __init__(self, **fields: Any) -> None: ...
+
+    def validate(self) -> None: ...
+
+
+C = TypeVar("C", bound=Checked)
 
 
 class ExperimentError(Exception):
@@ -103,9 +114,12 @@ def add_place(flags: argparse.ArgumentParser, out: str) -> None:
     again.add_argument("--overwrite", action="store_true", help="delete the run in --out first")
 
 
-def place(given: dict[str, Any]) -> Options:
-    """Take these three out of what was given."""
-    return Options(given.pop("out"), given.pop("resume"), given.pop("overwrite"))
+def settle(config: type[C], given: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> tuple[C, Options]:
+    """The Config of the flags that were given, its rules checked, and where the results go."""
+    where = Options(given.pop("out"), given.pop("resume"), given.pop("overwrite"))
+    made = config(**{**(defaults or {}), **given})
+    made.validate()
+    return made, where
 
 
 def require(holds: bool, name: str, rule: str, value: object) -> None:

@@ -26,3 +26,8 @@ def save(figures: Mapping[str, Callable[[dict[str, Any]], Figure]], results: dic
         plt.close(figure)
         drawn.append(path)
     return drawn
+
+
+def plain(name: str) -> str:
+    """A class name as text: matplotlib reads $ as mathematics, and leaves labels with a leading underscore out."""
+    return (" " + name if name.startswith("_") else name).replace("$", r"\$")

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import torch
 
-from examples.shared.command import Options, add_flags, add_place, flag, parser, place, require
+from examples.shared.command import Options, add_flags, add_place, flag, parser, require, settle
 
 ARCHITECTURES = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss")
 ARMS = ("none", "own", "penalty", "balance", "both", "ernie")
@@ -129,8 +129,4 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, Options]:
     )
     add_flags(flags, Config)
     add_place(flags, "runs/transformer_moe")
-    given = vars(flags.parse_args(arguments))
-    where = place(given)
-    config = Config(**given)
-    config.validate()
-    return config, where
+    return settle(Config, vars(flags.parse_args(arguments)))

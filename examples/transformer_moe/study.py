@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def run(config: Config, options: Options) -> dict[str, Any] | None:
         "config": dataclasses.asdict(config),
         "device": torch.cuda.get_device_name() if config.resolved_device() == "cuda" else "cpu",
         "processes": processes(),
-        "versions": versions() | {name: version(name) for name in ("transformers", "accelerate")},
+        "versions": versions("transformers", "accelerate"),
         "seeds": list(range(config.seeds)),
         "data": {
             "domains": text.domains,

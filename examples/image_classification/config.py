@@ -67,6 +67,8 @@ class Config:
         "auto", 'tau of the prototype routers, or "auto": scores of standard deviation 1 at the start', type=_number_or("auto")
     )
     metric: str = flag("euclidean", "score of the prototype routers: euclidean, sqeuclidean, cosine, dot")
+    prototypes: str = flag("random", "where prototypes start: random, or data (far apart inputs of their layer, k-means++)")
+    residual: bool = flag(False, "add each MoE layer's input to its output; the paper does not")
     penalty: str = flag("rank", f"what the spectral routers have: {', '.join((*PENALTIES, *INPLACE))}; docs/comparison.md")
     balance: str = flag("cv2", f"what the balanced routers have: {', '.join((*BALANCES, *CONTROLLERS))}")
     alpha: float = flag(0.01, "coefficient of the penalty")
@@ -117,6 +119,7 @@ class Config:
             "penalty": (*PENALTIES, *INPLACE),
             "balance": (*BALANCES, *CONTROLLERS),
             "metric": ("euclidean", "sqeuclidean", "cosine", "dot"),
+            "prototypes": ("random", "data"),
         }
         for name, allowed in choices.items():
             value = getattr(self, name)

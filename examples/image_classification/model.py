@@ -53,10 +53,11 @@ class Experts(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """z' = LayerNorm(ReLU(Linear(z))), then sum_i w_i(z') E_i(z'). No residual, as in the paper."""
+    """z' = LayerNorm(ReLU(Linear(z))), then sum_i w_i(z') E_i(z'); with --residual z is added, which the paper does not do."""
 
     def __init__(self, config: Config, spec: RouterSpec) -> None:
         super().__init__()
+        self.residual = config.residual
         self.processor = nn.Sequential(nn.Linear(config.dim, config.dim), nn.ReLU(), nn.LayerNorm(config.dim))
         self.router: nn.Module
         controller = terms.controller(config, spec.balance)
@@ -73,9 +74,10 @@ class MoELayer(nn.Module):
         self.experts = Experts(config.experts, config.dim, config.hidden)
 
     def forward(self, z: Tensor) -> tuple[Tensor, RouterOutput]:
-        z = self.processor(z)
-        routed = self.router(z)
-        return self.experts(z, routed.weights), routed
+        inside = self.processor(z)
+        routed = self.router(inside)
+        mixed = self.experts(inside, routed.weights)
+        return (z + mixed if self.residual else mixed), routed
 
     @property
     def router_weight(self) -> Tensor:
@@ -111,6 +113,15 @@ class SRMoE(nn.Module):
             z, output = layer(z)
             routed.append(output)
         return self.head(z), routed
+
+    @torch.no_grad()
+    def prototypes_from(self, images: Tensor, generator: torch.Generator) -> None:
+        """Place the prototypes of every layer on what that layer gets of `images` (B, C, H, W) float."""
+        z = self.stem(images)
+        for layer in self.moe_layers:
+            if isinstance(layer.router, PrototypeRouter):
+                layer.router.init_from(layer.processor(z), generator=generator)
+            z, _ = layer(z)
 
     def router_weights(self) -> list[Tensor]:
         return [layer.router_weight for layer in self.moe_layers]

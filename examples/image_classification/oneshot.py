@@ -42,18 +42,22 @@ def adapt(
     before = accuracy(predict(trained.model, test_images)[0], test_labels)
     finished = {(record["class"], record["image"]) for record in done}
     for label, images in enumerate(split.novel):
-        for number, index in enumerate(images):
+        for number in range(len(images)):
             if (data.classes[label], number) in finished:
                 continue
-            # the same anchors for every router
-            generator = torch.Generator().manual_seed((seed * len(split.novel) + label) * config.novel + number)
-            anchors = split.train[torch.randperm(len(split.train), generator=generator)[: config.anchor]]
-            batch = torch.cat([index[None], anchors]).to(device)
+            batch = update_batch(config, seed, split, label, number).to(device)
             model = copy.deepcopy(trained.model).eval()
             objective = copy.deepcopy(trained.objective)
             record = _update(config, model, objective, data.images[batch], data.labels[batch])
             after = accuracy(predict(model, test_images)[0], test_labels)
             save({"class": data.classes[label], "image": number, "delta": after - before, **record})
+
+
+def update_batch(config: Config, seed: int, split: Split, label: int, number: int) -> Tensor:
+    """Indices of a novel image and its anchors (1 + anchors,): the same for every router."""
+    generator = torch.Generator().manual_seed((seed * len(split.novel) + label) * config.novel + number)
+    anchors = split.train[torch.randperm(len(split.train), generator=generator)[: config.anchor]]
+    return torch.cat([split.novel[label, number, None], anchors])
 
 
 def _update(config: Config, model: SRMoE, objective: Objective, images: Tensor, labels: Tensor) -> Record:

@@ -1,0 +1,9 @@
+"""The reproduction study of SR-MoE: tables 1 and 2 and figures 2 to 6 with seeds, intervals and controls.
+
+    python -m examples.reproduction run --photos FOLDER     # or without --photos: the part on the embedded digits
+    python -m examples.reproduction page                    # tables and pictures of docs/reproduction.md
+
+`examples/image_classification/study.toml` is the protocol. `protocol` makes runs of it, `run` does them, `choice` picks the
+setting that is put to the test, `statistics` holds what is computed from saved runs, `tables`, `answers` and `figures` are
+what the page shows.
+"""

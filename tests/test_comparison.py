@@ -13,6 +13,7 @@ from examples.comparison.arms import ARMS, REFERENCE
 from examples.image_classification import terms
 from examples.image_classification.config import ROUTERS, Config
 from examples.image_classification.data import ImageSet
+from examples.image_classification.plasticity import interference
 from examples.image_classification.terms import BALANCES, CONTROLLERS, INPLACE, PENALTIES
 from examples.shared.command import ExperimentError
 
@@ -53,14 +54,14 @@ def curve(*points: tuple[float, float]) -> list[dict[str, float]]:
 
 
 def test_interference_is_read_where_enough_is_learned():
-    assert run.interference(curve((0.5, -1.5)), 0.5) == pytest.approx(-1.5)
-    assert run.interference(curve((1.0, -3.0)), 0.5) == pytest.approx(-1.5)  # halfway from no update
-    assert run.interference(curve((0.2, -0.2), (0.6, -1.0), (0.9, -8.0)), 0.5) == pytest.approx(-0.8)
-    assert run.interference(curve((0.2, -0.2), (0.4, -1.0)), 0.5) is None
+    assert interference(curve((0.5, -1.5)), 0.5) == pytest.approx(-1.5)
+    assert interference(curve((1.0, -3.0)), 0.5) == pytest.approx(-1.5)  # halfway from no update
+    assert interference(curve((0.2, -0.2), (0.6, -1.0), (0.9, -8.0)), 0.5) == pytest.approx(-0.8)
+    assert interference(curve((0.2, -0.2), (0.4, -1.0)), 0.5) is None
     # a rate that makes the image worse is passed over
-    assert run.interference(curve((0.4, -0.4), (-0.5, -9.0), (0.6, -1.4)), 0.5) == pytest.approx(-0.9)
-    assert run.interference(curve((-0.1, 5.0))) is None
-    assert run.interference(curve((0.8, -0.8)), 0.25) == pytest.approx(-0.25)
+    assert interference(curve((0.4, -0.4), (-0.5, -9.0), (0.6, -1.4)), 0.5) == pytest.approx(-0.9)
+    assert interference(curve((-0.1, 5.0)), 0.2) is None
+    assert interference(curve((0.8, -0.8)), 0.25) == pytest.approx(-0.25)
 
 
 def test_the_best_strength_is_the_weakest_of_the_best():

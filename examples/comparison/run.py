@@ -15,6 +15,7 @@ from benchmarks._harness import interleave, ratio
 from examples.image_classification import oneshot, routing
 from examples.image_classification.config import Config
 from examples.image_classification.data import ImageSet, Split, as_float, digest, split
+from examples.image_classification.plasticity import interference
 from examples.image_classification.study import move, read
 from examples.image_classification.train import (
     Trained,
@@ -82,20 +83,6 @@ def run(config: Config, options: Options, names: list[str], tuning_seeds: int) -
     return results
 
 
-def interference(curve: list[dict[str, float]], plasticity: float = PLASTICITY) -> float | None:
-    """Mean delta, in points, at the smallest update that lowers the mean loss of the novel images by the share `plasticity`.
-
-    Linear between the rates that were run, and from (0, 0), no update. None if no rate reaches it.
-    """
-    learned, delta = 0.0, 0.0
-    for point in curve:
-        here = 1 - point["loss_after"] / point["loss_before"]
-        if here >= plasticity:
-            return delta + (point["delta"] - delta) * (plasticity - learned) / (here - learned)
-        learned, delta = max(learned, here), point["delta"] if here > learned else delta
-    return None
-
-
 def _tune(
     config: Config, names: list[str], seeds: int, data: ImageSet, out: Path, progress: Progress
 ) -> dict[str, dict[float, list[float]]]:
@@ -153,7 +140,7 @@ def _final_run(arm: Config, name: str, seed: int, data: ImageSet, out: Path) -> 
         part["oneshot"].append({"lr": rate, **means})
         write_json(file, part)
     checkpoint.unlink(missing_ok=True)
-    at = interference(part["oneshot"])
+    at = interference(part["oneshot"], PLASTICITY)
     console.print(
         f"{name:<24} seed {seed}  accuracy {part['accuracy']:5.1f} %   interference "
         + ("not reached" if at is None else f"{at:+.2f}"),

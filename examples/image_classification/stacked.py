@@ -26,11 +26,12 @@ from .config import Config
 from .data import ImageSet, Split, as_float
 from .model import Experts, SRMoE
 from .oneshot import Record, update_batch
-from .train import EVAL_BATCH, Objective, Trained, mixed_precision, to_layout
+from .train import Objective, Trained, mixed_precision, to_layout
 
-# copies that are updated together, and pairs of copy and image in one forward: on a CPU what its cache holds
+# Copies updated together, pairs of copy and image in one forward, pixels in the stem at once: on a CPU what its cache holds.
 COPIES = {"cpu": 8, "cuda": 64}
-PAIRS = {"cpu": 512, "cuda": 1 << 16}
+PAIRS = {"cpu": 1 << 10, "cuda": 1 << 16}
+PIXELS = {"cpu": 1 << 16, "cuda": 1 << 22}
 
 
 class Rule(NamedTuple):
@@ -53,7 +54,7 @@ class Stack(NamedTuple):
     def of(cls, experts: Experts) -> Stack:
         """A single copy, C = 1."""
         w_in, b_in, w_out, b_out = (parameter.detach() for parameter in experts.parameters())
-        return cls(w_in.transpose(0, 1).flatten(1)[None], b_in.view(1, 1, -1), w_out.flatten(0, 1)[None], b_out[:, 0][None])
+        return cls(w_in.transpose(0, 1).flatten(1)[None], b_in.view(1, 1, -1), w_out.flatten(0, 1)[None], b_out[None, :, 0])
 
     def __call__(self, x: Tensor, weights: Tensor) -> Tensor:
         """x (C or 1, n, d), weights (C or 1, n, K) -> equation 1, (C, n, d): `Experts.forward`, weighted before w_out."""
@@ -71,21 +72,26 @@ class Entry(NamedTuple):
     inside: Tensor  # (*, d), what its experts get
     weights: Tensor  # (*, K)
 
-
-class Found(NamedTuple):
-    """Of each novel image, in order: loss and correctness after the update, and how many images are right then, (N,) each."""
-
-    loss: Tensor
-    right: Tensor
-    count: Tensor
+    def first(self) -> Entry:
+        """Of updates (C, B, *) the novel images, (C, 1, *)."""
+        return Entry(*(tensor[:, :1] for tensor in self))
 
 
 class Start(NamedTuple):
-    """Of each novel image before the update: loss and correctness (N,), norms of its gradient (N, L, K)."""
+    """Novel images before their update."""
+
+    loss: Tensor  # (C,)
+    right: Tensor  # (C,)
+    path: list[Tensor]  # winner of each layer (C,)
+    gradient: list[Stack]
+
+
+class Found(NamedTuple):
+    """Novel images after their update, (C,) each."""
 
     loss: Tensor
     right: Tensor
-    norms: Tensor
+    hits: Tensor  # how many of the held-out images are right
 
 
 def adapt_stacked(
@@ -105,36 +111,51 @@ def adapt_stacked(
         replace(config, scope=rule.scope, oneshot_optimizer=rule.optimizer, oneshot_lr=rule.lr).validate()
     device = data.images.device
     held_out = getattr(split, within).to(device)
-    images, labels = data.images[held_out], data.labels[held_out]
+    labels = data.labels[held_out]
+    images = _floats(data.images[held_out])
     novel = [(label, number) for label, numbers in enumerate(split.novel) for number in range(len(numbers))]
     batches = torch.stack([update_batch(config, seed, split, *which) for which in novel]).to(device)
-    everything = [rule for rule in rules if rule.scope == "all"]
-    some = [rule for rule in rules if rule.scope != "all"]
-    start, before, found_some = _experts(trained, data, batches, images, labels, some)
-    found = dict(zip(some, found_some, strict=True))
-    if everything:
-        before_all, found_all = _everything(trained, data, batches, images, labels, everything)
-        found |= dict(zip(everything, found_all, strict=True))
 
-    def percent(count: int) -> float:
-        return 100 * count / len(labels)
+    model = copy.deepcopy(trained.model).eval().requires_grad_(False)
+    stacks = _stacks(model)
+    entry = _entry(model, images)
+    updates = Entry(*(tensor.unflatten(0, batches.shape) for tensor in _entry(model, _floats(data.images[batches.flatten()]))))
+    before = _right(model, entry, stacks, labels)
+    starts: list[tuple[Tensor, ...]] = []
+    found: list[list[Found]] = [[] for _ in rules]
+    for part in _parts(len(batches), COPIES[device.type]):
+        targets = data.labels[batches[part]]
+        update = Entry(*(tensor[part] for tensor in updates))
+        start = _start(model, trained.objective, update, stacks, targets)
+        starts.append((start.loss, start.right, torch.stack([_norms(gradient) for gradient in start.gradient], 1)))
+        for rule, columns in zip(rules, found, strict=True):
+            if rule.scope != "all":
+                after = _updated(rule, stacks, start)
+                columns.append(_after(model, update.first(), targets[:, 0], entry, after, labels))
+    _everything(
+        trained, data, batches, images, labels, [each for each in zip(rules, found, strict=True) if each[0].scope == "all"]
+    )
 
-    known = [tensor.tolist() for tensor in start]
+    def percent(hits: int) -> float:
+        return 100 * hits / len(labels)
+
+    # all that waits for the device
+    loss, right, norms = (torch.cat(column).tolist() for column in zip(*starts, strict=True))
+    hits_before = int(before)
     records = []
-    for rule in rules:
-        first = percent(int(before_all if rule.scope == "all" else before))
-        loss, right, count = (tensor.tolist() for tensor in found[rule])
+    for columns in found:
+        loss_after, right_after, hits = (torch.cat(column).tolist() for column in zip(*columns, strict=True))
         records.append(
             [
                 {
                     "class": data.classes[label],
                     "image": number,
-                    "delta": percent(count[i]) - first,
-                    "loss_before": known[0][i],
-                    "loss_after": loss[i],
-                    "right_before": known[1][i],
-                    "right_after": right[i],
-                    "gradient": known[2][i],
+                    "delta": percent(hits[i]) - percent(hits_before),
+                    "loss_before": loss[i],
+                    "loss_after": loss_after[i],
+                    "right_before": right[i],
+                    "right_after": right_after[i],
+                    "gradient": norms[i],
                 }
                 for i, (label, number) in enumerate(novel)
             ]
@@ -143,96 +164,94 @@ def adapt_stacked(
 
 
 def _everything(
-    trained: Trained, data: ImageSet, batches: Tensor, images: Tensor, labels: Tensor, rules: list[Rule]
-) -> tuple[Tensor, list[Found]]:
-    """Scope "all": one model, set back before every update. How many images are right before, and what each rule does."""
+    trained: Trained,
+    data: ImageSet,
+    batches: Tensor,
+    held_out: list[Tensor],
+    labels: Tensor,
+    wanted: list[tuple[Rule, list[Found]]],
+) -> None:
+    """Scope "all": one model, set back after every update. What each rule does to each novel image goes to the rule's list."""
     model = copy.deepcopy(trained.model).eval()
-    parameters = list(model.parameters())
+    parameters: list[Tensor] = list(model.parameters())
     originals = [parameter.detach().clone() for parameter in parameters]
-    held_out = [to_layout(as_float(batch)) for batch in images.split(EVAL_BATCH)]
-    before = _count(_logits(model, held_out), labels)
-    found: list[list[list[Tensor]]] = [[[], [], []] for _ in rules]
-    for batch in batches:
-        novel, label = to_layout(as_float(data.images[batch])), data.labels[batch]
+    for batch in batches if wanted else []:
+        (images,), targets = _floats(data.images[batch]), data.labels[batch]
         objective = copy.deepcopy(trained.objective)
         objective.measure = False
-        with mixed_precision(novel.device):
-            logits, routed = model(novel)
-            total = objective(model, logits, routed, label).total
+        with mixed_precision(targets.device):
+            logits, routed = model(images)
+            total = objective(model, logits, routed, targets).total
         gradient = torch.autograd.grad(total, parameters, allow_unused=True)
-        for rule, columns in zip(rules, found, strict=True):
+        for rule, columns in wanted:
             _step(rule, parameters, gradient)
             objective.after_step(model)
-            after = _logits(model, [novel[:1]])
-            columns[0].append(F.cross_entropy(after, label[:1]))
-            columns[1].append(after.argmax(-1)[0] == label[0])
-            columns[2].append(_count(_logits(model, held_out), labels))
+            novel = Entry(*(tensor[None] for tensor in _entry(model, [images[:1]])))
+            columns.append(_after(model, novel, targets[:1], _entry(model, held_out), _stacks(model), labels))
             with torch.no_grad():
                 torch._foreach_copy_(parameters, originals)
-    return before, [Found(*map(torch.stack, columns)) for columns in found]
 
 
-def _experts(
-    trained: Trained, data: ImageSet, batches: Tensor, images: Tensor, labels: Tensor, rules: list[Rule]
-) -> tuple[Start, Tensor, list[Found]]:
-    """What the novel images give before an update, how many images are right then, and what each rule of scope "experts" or
-    "path" does."""
-    model = copy.deepcopy(trained.model).eval().requires_grad_(False)
-    stacks = [Stack.of(layer.experts) for layer in model.moe_layers]
-    held_out = _entry(model, images)
-    updates = Entry(*(tensor.unflatten(0, batches.shape) for tensor in _entry(model, data.images[batches.flatten()])))
-    before = _right(model, held_out, stacks, labels)[0]
-    starts: list[Start] = []
-    found: list[list[Found]] = [[] for _ in rules]
-    for chunk in torch.arange(len(batches)).split(COPIES[labels.device.type]):
-        part = slice(int(chunk[0]), int(chunk[-1]) + 1)
-        entry = Entry(*(tensor[part] for tensor in updates))
-        novel = Entry(*(tensor[:, :1] for tensor in entry))
-        targets = data.labels[batches[part]]
-        start, path, gradient = _gradients(model, trained.objective, entry, stacks, targets)
-        starts.append(start)
-        for rule, columns in zip(rules, found, strict=True):
-            after = [Stack(*(tensor.repeat(len(targets), 1, 1) for tensor in stack)) for stack in stacks]
-            used = _only(path, gradient) if rule.scope == "path" else gradient
-            _step(rule, [tensor for stack in after for tensor in stack], [tensor for stack in used for tensor in stack])
-            logits = _forward(model, novel, after)[0][:, 0]
-            loss = F.cross_entropy(logits, targets[:, 0], reduction="none")
-            columns.append(Found(loss, logits.argmax(-1) == targets[:, 0], _right(model, held_out, after, labels)))
-    return Start(*map(torch.cat, zip(*starts))), before, [Found(*map(torch.cat, zip(*columns))) for columns in found]
-
-
-def _gradients(
-    model: SRMoE, objective: Objective, entry: Entry, stacks: list[Stack], labels: Tensor
-) -> tuple[Start, list[Tensor], list[Stack]]:
-    """entry (C, B, *), labels (C, B) -> the novel images before the update, the winner of each layer (C,), the gradients."""
+def _start(model: SRMoE, objective: Objective, update: Entry, stacks: list[Stack], labels: Tensor) -> Start:
+    """update (C, B, *), labels (C, B), the novel image first; the gradients of all copies in one backward."""
     leaves = [Stack(*(tensor.expand(len(labels), -1, -1).requires_grad_() for tensor in stack)) for stack in stacks]
-    with torch.enable_grad():
-        logits, routed = _forward(model, entry, leaves)
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
-        total = losses.mean(1).sum()  # of all copies; the penalty and the first layer's balance do not depend on experts
-        if objective.beta:
-            with mixed_precision(labels.device):
-                read = [one for output in routed for one in getattr(output, objective.reads)]
-                total = total + objective.beta * sum(objective.balance(one) for one in read)
-        flat = torch.autograd.grad(total, [tensor for stack in leaves for tensor in stack])
+    logits, routed = _forward(model, update, leaves)
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    total = losses.mean(1).sum()  # without the penalty and the first layer's balance: they do not depend on experts
+    if objective.beta:
+        with mixed_precision(labels.device):
+            read = [of_copy for output in routed for of_copy in getattr(output, objective.reads)]
+            total = total + objective.beta * sum(objective.balance(of_copy) for of_copy in read)
+    flat = torch.autograd.grad(total, [tensor for stack in leaves for tensor in stack])
+    path = [weights[:, 0].argmax(-1) for weights in (update.weights, *(output.weights for output in routed))]
     gradient = [Stack(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
-    path = [weights[:, 0].argmax(-1) for weights in (entry.weights, *(output.weights for output in routed))]
-    novel = logits[:, 0].detach()
-    start = Start(losses[:, 0].detach(), novel.argmax(-1) == labels[:, 0], torch.stack([_norms(one) for one in gradient], 1))
-    return start, path, gradient
+    return Start(losses[:, 0].detach(), logits[:, 0].argmax(-1) == labels[:, 0], path, gradient)
 
 
-def _entry(model: SRMoE, images: Tensor) -> Entry:
-    """Images (n, C, H, W) uint8 to the first layer's experts."""
-    parts = []
+def _updated(rule: Rule, stacks: list[Stack], start: Start) -> list[Stack]:
+    """The experts of all copies after a step by `rule`, whose scope is "experts" or "path"."""
+    copies = len(start.loss)
+    after = [Stack(*(tensor.repeat(copies, 1, 1) for tensor in stack)) for stack in stacks]
+    gradient = start.gradient
+    if rule.scope == "path":
+        gradient = [_only(winner, of_layer) for winner, of_layer in zip(start.path, gradient, strict=True)]
+    _step(rule, [tensor for stack in after for tensor in stack], [tensor for stack in gradient for tensor in stack])
+    return after
+
+
+@torch.no_grad()
+def _after(model: SRMoE, novel: Entry, labels: Tensor, held_out: Entry, stacks: list[Stack], held_out_labels: Tensor) -> Found:
+    """novel (C, 1, *), labels (C,), held_out (n, *)."""
+    logits = _forward(model, novel, stacks)[0][:, 0]
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    return Found(loss, logits.argmax(-1) == labels, _right(model, held_out, stacks, held_out_labels))
+
+
+def _floats(images: Tensor) -> list[Tensor]:
+    """uint8 to what the stem takes, in batches."""
+    return [to_layout(as_float(batch)) for batch in images.split(max(1, PIXELS[images.device.type] // images[0, 0].numel()))]
+
+
+def _parts(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def _stacks(model: SRMoE) -> list[Stack]:
+    return [Stack.of(layer.experts) for layer in model.moe_layers]
+
+
+@torch.no_grad()
+def _entry(model: SRMoE, batches: list[Tensor]) -> Entry:
+    """Images (n, C, H, W) float, in batches, up to the first layer's experts; (n, *)."""
     first = model.moe_layers[0]
-    with torch.no_grad():
-        for batch in images.split(EVAL_BATCH):
-            with mixed_precision(images.device):
-                z = model.stem(to_layout(as_float(batch)))
-                inside = first.processor(z)
-                parts.append(Entry(z, inside, first.router(inside).weights))
-    return Entry(*map(torch.cat, zip(*parts)))
+    parts = []
+    for batch in batches:
+        with mixed_precision(batch.device):
+            parts.append(model.stem(batch))
+    z = torch.cat(parts)
+    with mixed_precision(z.device):
+        inside = first.processor(z)
+        return Entry(z, inside, first.router(inside).weights)
 
 
 def _forward(model: SRMoE, entry: Entry, stacks: list[Stack]) -> tuple[Tensor, list[RouterOutput]]:
@@ -251,34 +270,18 @@ def _forward(model: SRMoE, entry: Entry, stacks: list[Stack]) -> tuple[Tensor, l
 
 
 @torch.no_grad()
-def _right(model: SRMoE, entry: Entry, stacks: list[Stack], labels: Tensor) -> Tensor:
-    """How many images each copy gets right, (C,); entry (n, *) is the same for all."""
+def _right(model: SRMoE, held_out: Entry, stacks: list[Stack], labels: Tensor) -> Tensor:
+    """How many of the held-out images (n, *) each copy gets right, (C,), as `train.accuracy` counts."""
     pairs = PAIRS[labels.device.type]
     counts = []
-    for copies in torch.arange(len(stacks[0].w_in)).split(max(1, pairs // len(labels))):
-        part = slice(int(copies[0]), int(copies[-1]) + 1)
+    for part in _parts(len(stacks[0].w_in), max(1, pairs // len(labels))):
         some = [Stack(*(tensor[part] for tensor in stack)) for stack in stacks]
-        rows = max(1, pairs // len(copies))
-        sums = [
-            _count(_forward(model, Entry(*(t[None] for t in batch[:3])), some)[0], batch[3])
-            for batch in zip(*(tensor.split(rows) for tensor in (*entry, labels)), strict=True)
-        ]
-        counts.append(torch.stack(sums).sum(0))
+        right = []
+        for rows in _parts(len(labels), pairs):
+            logits, _ = _forward(model, Entry(*(tensor[None, rows] for tensor in held_out)), some)
+            right.append((logits.argmax(-1) == labels[rows]) & logits.isfinite().all(-1))
+        counts.append(torch.cat(right, 1).sum(1))
     return torch.cat(counts)
-
-
-def _count(logits: Tensor, labels: Tensor) -> Tensor:
-    """As `train.accuracy`: logits that are not finite are never right; (*, n, classes) -> (*)"""
-    return ((logits.argmax(-1) == labels) & logits.isfinite().all(-1)).sum(-1)
-
-
-@torch.no_grad()
-def _logits(model: SRMoE, batches: list[Tensor]) -> Tensor:
-    logits = []
-    for batch in batches:
-        with mixed_precision(batch.device):
-            logits.append(model(batch)[0].float())
-    return torch.cat(logits)
 
 
 def _step(rule: Rule, parameters: Sequence[Tensor], gradient: Sequence[Tensor | None]) -> None:
@@ -288,14 +291,12 @@ def _step(rule: Rule, parameters: Sequence[Tensor], gradient: Sequence[Tensor | 
     kind(parameters, lr=rule.lr, fused=True).step()
 
 
-def _only(path: list[Tensor], gradient: list[Stack]) -> list[Stack]:
-    """The gradient of each layer's winning expert (C,); zero for the others, which both optimizers then leave alone."""
-    kept = []
-    for winner, (w_in, b_in, w_out, b_out) in zip(path, gradient, strict=True):
-        keep = F.one_hot(winner, b_out.shape[1]).to(b_out.dtype)
-        inside = keep.repeat_interleave(w_out.shape[1] // b_out.shape[1], dim=1)
-        kept.append(Stack(w_in * inside[:, None], b_in * inside[:, None], w_out * inside[..., None], b_out * keep[..., None]))
-    return kept
+def _only(winner: Tensor, gradient: Stack) -> Stack:
+    """The gradient of one expert of each copy (C,); zero for the others, which both optimizers then leave alone."""
+    w_in, b_in, w_out, b_out = gradient
+    keep = F.one_hot(winner, b_out.shape[1]).to(b_out.dtype)
+    inside = keep.repeat_interleave(w_out.shape[1] // b_out.shape[1], dim=1)
+    return Stack(w_in * inside[:, None], b_in * inside[:, None], w_out * inside[..., None], b_out * keep[..., None])
 
 
 def _norms(gradient: Stack) -> Tensor:

@@ -17,14 +17,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     running = commands.add_parser(
         "run",
         allow_abbrev=False,
-        description="Do what is left of the protocol's runs and write results.json in --out. Started several times with the same "
-        "--out, the processes share the runs. Stopped, the same command goes on.",
+        description="Do what is left of the protocol's runs and write results.json in --out. Started several times with the "
+        "same --out, the processes share the runs. Stopped, the same command goes on.",
     )
-    running.add_argument("--photos", type=Path, help="folder with the subfolders car, cat, elephant, face; without: digits only")
+    running.add_argument("--photos", type=Path, help="folder with subfolders car, cat, elephant, face; without: digits only")
     running.add_argument("--protocol", type=Path, default=protocol.PROTOCOL, help="default: %(default)s")
-    running.add_argument("--out", type=Path, default=Path("runs/reproduction"), help="folder of the results (default: %(default)s)")
+    running.add_argument("--out", type=Path, default=Path("runs/reproduction"), help="results (default: %(default)s)")
     running.add_argument("--stages", nargs="+", default=protocol.STAGES, choices=protocol.STAGES, help="default: all")
-    running.add_argument("--only", default="", metavar="TEXT", help="only runs whose name contains TEXT, main.digits-2x2.spectral.seed0")
+    running.add_argument(
+        "--only", default="", metavar="TEXT", help="only runs whose name contains TEXT: digits-2x2.spectral.seed0"
+    )
     showing = commands.add_parser(
         "page", allow_abbrev=False, description="Make the tables and pictures of docs/reproduction.md from saved results."
     )
@@ -35,7 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
-    return finish(lambda: _run(given) if given.command == "run" else _page(given))
+    return finish(lambda: _run(given) if given.command == "run" else _page(given), resumes="")
 
 
 def _run(given: argparse.Namespace) -> str:

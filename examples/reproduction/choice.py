@@ -44,7 +44,7 @@ def winner(tried: list[Record]) -> str:
 
 
 def cost(protocol: Protocol, records: list[Record]) -> float | None:
-    """Mean delta at equal plasticity by the sweep's first rule, over the seeds that trained; None where one does not reach it."""
+    """Mean delta at equal plasticity by the sweep's first rule, over the seeds that trained; None if one does not reach it."""
     rule = next(rule for rule in protocol["oneshot"]["rules"] if rule["name"] == protocol["sweep"]["rules"][0])
     trained = [record for record in records if record["accuracy"] >= protocol["failed"]["accuracy_below"]]
     deltas = [interference(curve(record, rule), rule["plasticity"]) for record in trained]

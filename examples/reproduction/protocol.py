@@ -109,9 +109,7 @@ def label(changes: Settings) -> str:
     return ", ".join(f"{name} {str(value).lower() if isinstance(value, bool) else value}" for name, value in changes.items())
 
 
-def _run(
-    protocol: Protocol, stage: str, phase: str, arm: str, seed: int, changes: Settings, places: dict[str, str]
-) -> Run:
+def _run(protocol: Protocol, stage: str, phase: str, arm: str, seed: int, changes: Settings, places: dict[str, str]) -> Run:
     of_stage = protocol["sweep"] if stage == "second" else protocol[stage]
     of_phase = dict(phases(protocol)[phase])
     data = protocol["data"][of_phase["data"]] | {"data": _place(protocol, phase, places)}

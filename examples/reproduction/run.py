@@ -22,13 +22,12 @@ from examples.image_classification.data import ImageSet, digest, split
 from examples.image_classification.stacked import adapt_stacked
 from examples.image_classification.study import move, read
 from examples.image_classification.train import Trained, accuracy, predict, spectra, train
-from examples.shared.command import ExperimentError
 from examples.shared.progress import bars, console
 from examples.shared.runs import versions
 from examples.shared.storage import read_json, write_json
 
 from . import choice
-from .protocol import STAGES, Protocol, Run, Settings, phases, runs
+from .protocol import STAGES, Protocol, Run, Settings, runs
 
 WAIT = 3.0  # seconds between looks at what other processes have still to finish
 PICTURED = 3  # seeds whose table of paths is kept
@@ -134,9 +133,7 @@ def _do(one: Run, images: Images, out: Path, progress: Progress) -> None:
     checkpoint = out / "models" / f"{one.name}.pt"
     task = progress.add_task("training", total=one.config.epochs, note="")
     started = time.perf_counter()
-    trained = train(
-        one.config, one.config.routers[0], one.seed, data, chosen, checkpoint, lambda row: progress.advance(task)
-    )
+    trained = train(one.config, one.config.routers[0], one.seed, data, chosen, checkpoint, lambda row: progress.advance(task))
     progress.remove_task(task)
     write_json(_file(out, one), record(one, trained, data, fingerprint, time.perf_counter() - started))
     checkpoint.unlink(missing_ok=True)
@@ -151,13 +148,17 @@ def record(one: Run, trained: Trained, data: ImageSet, fingerprint: str, seconds
     measured = routing.measure(weights, data.labels[members], data.classes)
     if one.seed >= PICTURED:
         del measured["path_counts"]
-    results = {
+    results: Record = {
         "stage": one.stage,
         "phase": one.phase,
         "arm": one.arm,
         "seed": one.seed,
         "config": dataclasses.asdict(one.config) | {"data": None, "device": None},  # places differ from machine to machine
-        "data": {"digest": fingerprint, "classes": data.classes, "images": len(chosen.train) + len(chosen.val) + len(chosen.test)},
+        "data": {
+            "digest": fingerprint,
+            "classes": data.classes,
+            "images": len(chosen.train) + len(chosen.val) + len(chosen.test),
+        },
         "device": torch.cuda.get_device_name() if data.images.is_cuda else "cpu",
         "versions": versions(),
         "training_seconds": seconds,
@@ -176,6 +177,3 @@ def record(one: Run, trained: Trained, data: ImageSet, fingerprint: str, seconds
         del summary["gradient_norm"]
         results["oneshot"].append({**rule._asdict(), **summary})
     return results
-
-
-__all__ = ["phases", "records", "study"]

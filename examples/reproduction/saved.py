@@ -20,10 +20,11 @@ COMMON = ("config", "data", "versions", "device")
 
 def gather(protocol: Protocol, records: list[Record]) -> Results:
     """{protocol, versions, devices, data by phase, runs}; a run has the fields of `run.record` but the common ones."""
-    data: dict[str, Any] = {}
+    data: dict[str, Record] = {}
     for record in records:
-        if data.setdefault(record["phase"], record["data"])["digest"] != record["data"]["digest"]:
-            raise ExperimentError(f"all runs of {record['phase']} must have the same images, got others in seed {record['seed']}")
+        first = data.setdefault(record["phase"], record["data"])
+        if first["digest"] != record["data"]["digest"]:
+            raise ExperimentError(f"runs of {record['phase']} must have the same images, got others in seed {record['seed']}")
     return {
         "protocol": protocol,
         "versions": _distinct([record["versions"] for record in records]),

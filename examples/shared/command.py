@@ -34,17 +34,19 @@ class Options(NamedTuple):
     overwrite: bool
 
 
-def finish(work: Callable[[], str | None]) -> int:
-    """Do the work and print its last line, if it has one. 0 done, 1 bad input or a failing disk, 130 stopped by Ctrl-C."""
+RESUMES = "with --resume and without --overwrite, "
+
+
+def finish(work: Callable[[], str | None], resumes: str = RESUMES) -> int:
+    """Do the work and print its last line, if it has one. 0 done, 1 bad input or a failing disk, 130 stopped by Ctrl-C.
+    `resumes`: what the same command needs to go on."""
     try:
         last = work()
     except (ExperimentError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        console.print(
-            "stopped; the same command, with --resume and without --overwrite, goes on from here", markup=False, soft_wrap=True
-        )
+        console.print(f"stopped; the same command, {resumes}goes on from here", markup=False, soft_wrap=True)
         return 130
     if last is not None:
         print(last)

@@ -61,6 +61,8 @@ def test_interference_is_read_where_enough_is_learned():
     # a rate that makes the image worse is passed over
     assert interference(curve((0.4, -0.4), (-0.5, -9.0), (0.6, -1.4)), 0.5) == pytest.approx(-0.9)
     assert interference(curve((-0.1, 5.0)), 0.2) is None
+    unknown = {"delta": -25.0, "loss_before": 2.0, "loss_after": None}
+    assert interference([unknown, *curve((0.5, -1.5))], 0.5) == pytest.approx(-1.5)
     assert interference(curve((0.8, -0.8)), 0.25) == pytest.approx(-0.25)
 
 

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.image_classification.data import ImageSet, Split, as_float, augment
-from examples.image_classification.train import EVAL_BATCH, accuracy, mixed_precision, to_layout
+from examples.image_classification.train import accuracy, mixed_precision, to_layout
 from examples.shared.storage import load_checkpoint, save_checkpoint
 from spectral_router import ImportanceConstraint, ImportanceKLLoss, LoadBalanceLoss
 
 from .config import ARMS, Config
 from .model import Network, Routed
 
+EVAL_BATCH = 512
 # The paper's 150 epochs: rate 1e-3 for 80, 1e-4 until 120, then 1e-5.
 MILESTONES = (80 / 150, 120 / 150)
 

@@ -24,14 +24,14 @@ from spectral_router import RouterOutput
 
 from .config import Config
 from .data import ImageSet, Split, as_float
-from .model import Experts, SRMoE
+from .model import SRMoE
 from .oneshot import Record, update_batch
-from .train import Objective, Trained, mixed_precision, to_layout
+from .stack import Stack
+from .train import Objective, Trained, in_batches, mixed_precision, to_layout
 
-# Copies updated together, pairs of copy and image in one forward, pixels in the stem at once: on a CPU what its cache holds.
+# Copies updated together, pairs of copy and image in one forward: on a CPU what its cache holds.
 COPIES = {"cpu": 8, "cuda": 64}
 PAIRS = {"cpu": 1 << 10, "cuda": 1 << 16}
-PIXELS = {"cpu": 1 << 16, "cuda": 1 << 22}
 
 
 class Rule(NamedTuple):
@@ -40,29 +40,6 @@ class Rule(NamedTuple):
     scope: str
     optimizer: str
     lr: float
-
-
-class Stack(NamedTuple):
-    """One layer's experts of C copies, those of a copy side by side: two matmuls run them all."""
-
-    w_in: Tensor  # (C, d, K h)
-    b_in: Tensor  # (C, 1, K h)
-    w_out: Tensor  # (C, K h, d)
-    b_out: Tensor  # (C, K, d)
-
-    @classmethod
-    def of(cls, experts: Experts) -> Stack:
-        """A single copy, C = 1."""
-        w_in, b_in, w_out, b_out = (parameter.detach() for parameter in experts.parameters())
-        return cls(w_in.transpose(0, 1).flatten(1)[None], b_in.view(1, 1, -1), w_out.flatten(0, 1)[None], b_out[None, :, 0])
-
-    def __call__(self, x: Tensor, weights: Tensor) -> Tensor:
-        """x (C or 1, n, d), weights (C or 1, n, K) -> equation 1, (C, n, d): `Experts.forward`, weighted before w_out."""
-        copies, experts, _ = self.b_out.shape
-        inside = torch.baddbmm(self.b_in, x.expand(copies, -1, -1), self.w_in).relu_()
-        weights = weights.to(inside.dtype).expand(copies, -1, -1)
-        inside = (inside.unflatten(-1, (experts, -1)) * weights[..., None]).flatten(-2)
-        return torch.baddbmm(torch.bmm(weights, self.b_out.to(weights.dtype)), inside, self.w_out)
 
 
 class Entry(NamedTuple):
@@ -112,14 +89,15 @@ def adapt_stacked(
     device = data.images.device
     held_out = getattr(split, within).to(device)
     labels = data.labels[held_out]
-    images = _floats(data.images[held_out])
+    images = in_batches(to_layout(as_float(data.images[held_out])))
     novel = [(label, number) for label, numbers in enumerate(split.novel) for number in range(len(numbers))]
     batches = torch.stack([update_batch(config, seed, split, *which) for which in novel]).to(device)
 
     model = copy.deepcopy(trained.model).eval().requires_grad_(False)
     stacks = _stacks(model)
     entry = _entry(model, images)
-    updates = Entry(*(tensor.unflatten(0, batches.shape) for tensor in _entry(model, _floats(data.images[batches.flatten()]))))
+    flat = _entry(model, in_batches(to_layout(as_float(data.images[batches.flatten()]))))
+    updates = Entry(*(tensor.unflatten(0, batches.shape) for tensor in flat))
     before = _right(model, entry, stacks, labels)
     starts: list[tuple[Tensor, ...]] = []
     found: list[list[Found]] = [[] for _ in rules]
@@ -127,14 +105,13 @@ def adapt_stacked(
         targets = data.labels[batches[part]]
         update = Entry(*(tensor[part] for tensor in updates))
         start = _start(model, trained.objective, update, stacks, targets)
-        starts.append((start.loss, start.right, torch.stack([_norms(gradient) for gradient in start.gradient], 1)))
+        starts.append((start.loss, start.right, torch.stack([gradient.norms() for gradient in start.gradient], 1)))
         for rule, columns in zip(rules, found, strict=True):
             if rule.scope != "all":
                 after = _updated(rule, stacks, start)
                 columns.append(_after(model, update.first(), targets[:, 0], entry, after, labels))
-    _everything(
-        trained, data, batches, images, labels, [each for each in zip(rules, found, strict=True) if each[0].scope == "all"]
-    )
+    everything = [(rule, columns) for rule, columns in zip(rules, found, strict=True) if rule.scope == "all"]
+    _everything(trained, data, batches, images, labels, everything)
 
     def percent(hits: int) -> float:
         return 100 * hits / len(labels)
@@ -167,7 +144,7 @@ def _everything(
     trained: Trained,
     data: ImageSet,
     batches: Tensor,
-    held_out: list[Tensor],
+    held_out: Sequence[Tensor],
     labels: Tensor,
     wanted: list[tuple[Rule, list[Found]]],
 ) -> None:
@@ -176,7 +153,7 @@ def _everything(
     parameters: list[Tensor] = list(model.parameters())
     originals = [parameter.detach().clone() for parameter in parameters]
     for batch in batches if wanted else []:
-        (images,), targets = _floats(data.images[batch]), data.labels[batch]
+        images, targets = to_layout(as_float(data.images[batch])), data.labels[batch]
         objective = copy.deepcopy(trained.objective)
         objective.measure = False
         with mixed_precision(targets.device):
@@ -214,7 +191,7 @@ def _updated(rule: Rule, stacks: list[Stack], start: Start) -> list[Stack]:
     after = [Stack(*(tensor.repeat(copies, 1, 1) for tensor in stack)) for stack in stacks]
     gradient = start.gradient
     if rule.scope == "path":
-        gradient = [_only(winner, of_layer) for winner, of_layer in zip(start.path, gradient, strict=True)]
+        gradient = [of_layer.only(winner) for winner, of_layer in zip(start.path, gradient, strict=True)]
     _step(rule, [tensor for stack in after for tensor in stack], [tensor for stack in gradient for tensor in stack])
     return after
 
@@ -227,11 +204,6 @@ def _after(model: SRMoE, novel: Entry, labels: Tensor, held_out: Entry, stacks: 
     return Found(loss, logits.argmax(-1) == labels, _right(model, held_out, stacks, held_out_labels))
 
 
-def _floats(images: Tensor) -> list[Tensor]:
-    """uint8 to what the stem takes, in batches."""
-    return [to_layout(as_float(batch)) for batch in images.split(max(1, PIXELS[images.device.type] // images[0, 0].numel()))]
-
-
 def _parts(count: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
 
@@ -241,7 +213,7 @@ def _stacks(model: SRMoE) -> list[Stack]:
 
 
 @torch.no_grad()
-def _entry(model: SRMoE, batches: list[Tensor]) -> Entry:
+def _entry(model: SRMoE, batches: Sequence[Tensor]) -> Entry:
     """Images (n, C, H, W) float, in batches, up to the first layer's experts; (n, *)."""
     first = model.moe_layers[0]
     parts = []
@@ -289,18 +261,3 @@ def _step(rule: Rule, parameters: Sequence[Tensor], gradient: Sequence[Tensor | 
         parameter.grad = own
     kind = torch.optim.Adam if rule.optimizer == "adam" else torch.optim.SGD
     kind(parameters, lr=rule.lr, fused=True).step()
-
-
-def _only(winner: Tensor, gradient: Stack) -> Stack:
-    """The gradient of one expert of each copy (C,); zero for the others, which both optimizers then leave alone."""
-    w_in, b_in, w_out, b_out = gradient
-    keep = F.one_hot(winner, b_out.shape[1]).to(b_out.dtype)
-    inside = keep.repeat_interleave(w_out.shape[1] // b_out.shape[1], dim=1)
-    return Stack(w_in * inside[:, None], b_in * inside[:, None], w_out * inside[..., None], b_out * keep[..., None])
-
-
-def _norms(gradient: Stack) -> Tensor:
-    """Norm of each expert's gradient (C, K), over all of its parameters."""
-    w_in, b_in, w_out, b_out = (tensor.square() for tensor in gradient)
-    inside = w_in.sum(1) + b_in.sum(1) + w_out.sum(2)
-    return (inside.unflatten(1, (b_out.shape[1], -1)).sum(2) + b_out.sum(2)).sqrt()

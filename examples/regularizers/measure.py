@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from examples.image_classification.data import ImageSet, as_float
-from examples.image_classification.train import EVAL_BATCH, accuracy, mixed_precision, to_layout
+from examples.image_classification.train import accuracy, mixed_precision, to_layout
 from spectral_router.functional import hyperspherical_energy, spectral_norm
 
 from .config import Config
 from .data import Split
 from .model import Network
 
+EVAL_BATCH = 512
 # the layers have different shapes; a mean is over few numbers
 PER_LAYER = ("sigma", "energy", "half_energy")
 

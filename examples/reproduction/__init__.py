@@ -4,6 +4,6 @@
     python -m examples.reproduction page                    # tables and pictures of docs/reproduction.md
 
 `examples/image_classification/study.toml` is the protocol. `protocol` makes runs of it, `run` does them, `choice` picks the
-setting that is put to the test, `statistics` holds what is computed from saved runs, `tables`, `answers` and `figures` are
-what the page shows.
+setting that is put to the test, `saved` keeps the results in one small file. `statistics` computes from them; `tables`,
+`stages`, `answers` and `figures` are the parts of the page, with numbers written by `cells`, and `page` puts them together.
 """

@@ -1,13 +1,80 @@
-"""docs/reproduction_tables.md, whose named sections docs/reproduction.md takes in, and the pictures: all that saved results say."""
+"""All that saved results say: the named sections that docs/reproduction.md takes in, and the pictures."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-Results = dict[str, Any]
+from examples.shared.storage import write_atomically
+
+from . import answers, figures, stages, tables
+from . import statistics as stats
+from .cells import table
+from .protocol import STAGES
+from .statistics import Results
+
+NAME = "reproduction_tables.md"
+CAPTIONS = {  # of a section of pictures, by how their names begin
+    "paths": "Share of the test images, by class, that take each path",
+    "gradients": "Gradient norm per expert and layer at a one-shot update",
+    "plasticity": "Mean delta against the share of the novel loss that is taken away",
+    "accuracy": "Test accuracy of each seed",
+    "sweep": "Differences of accuracy and interference from the spectral router as it is",
+    "failure": "Accuracy of each seed, by condition and router",
+}
 
 
 def write(results: Results, docs: Path) -> list[Path]:
     """Make tables and pictures from saved results; return the files."""
-    raise NotImplementedError
+    file = docs / NAME
+    write_atomically(file, lambda path: path.write_text(text(results), encoding="utf-8"))
+    return [file, *figures.draw(results, docs / "images")]
+
+
+def text(results: Results) -> str:
+    """The sections, as pymdownx.snippets reads them."""
+    sections = (
+        {"protocol": protocol(results)}
+        | answers.sections(results)
+        | tables.sections(results)
+        | stages.sections(results)
+        | pictures(results)
+    )
+    return "\n".join(
+        f"<!-- --8<-- [start:{name}] -->\n{content.strip()}\n<!-- --8<-- [end:{name}] -->\n"
+        for name, content in sections.items()
+    )
+
+
+def protocol(results: Results) -> str:
+    """What ran."""
+    rows = []
+    for stage in STAGES:
+        for phase, settings in results["protocol"]["main"]["phases"].items():
+            records = stats.select(results, stage, phase)
+            if not records:
+                continue
+            data = results["protocol"]["data"][settings["data"]]
+            each = settings.get("samples_per_class", data.get("samples_per_class"))
+            failed = len(records) - len(stats.trained(results, records))
+            seeds = f"{records[0]['seed']} to {records[-1]['seed']}"
+            count = len(stats.arms(records))
+            listed = ", ".join(tables.routers_of(results, phase)) if stage == "main" else f"{count} settings"
+            rows.append([stage, phase, str(each), seeds, str(len(records)), str(failed), listed])
+    if not rows:
+        return tables.ABSENT
+    hours = sum(record["training_seconds"] for record in results["runs"]) / 3600
+    made_with = "; ".join(", ".join(f"{name} {number}" for name, number in of.items()) for of in results["versions"])
+    head = ["stage", "phase", "images a class", "seeds", "networks", "failed", "routers"]
+    devices = ", ".join(results["devices"])
+    told = f"{len(results['runs'])} networks, {hours:.1f} hours of training in sum, on {devices}; {made_with}."
+    return table(head, rows).replace("---:", "---") + f"\n{told}\n"
+
+
+def pictures(results: Results) -> dict[str, str]:
+    """Those that these results have, each a link to itself: in the page they are small."""
+    names = list(figures.pictures(results))
+    sections = {}
+    for start, caption in CAPTIONS.items():
+        files = [f"images/{name}.png" for name in names if name.startswith(f"reproduction_{start}")]
+        sections[f"figure-{start}"] = "\n\n".join(f"[![{caption}]({file})]({file})" for file in files) or tables.ABSENT
+    return sections

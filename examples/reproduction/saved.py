@@ -35,8 +35,8 @@ def gather(protocol: Protocol, records: list[Record]) -> Results:
 
 
 def write(results: Results, path: Path) -> None:
-    """One line a run: small, and a difference shows which run it is of."""
-    parts = {key: json.dumps(value, sort_keys=True) for key, value in results.items() if key != "runs"}
+    """One line a run: small, and a difference shows which run it is of. The protocol keeps its order, which names arms."""
+    parts = {key: json.dumps(value, sort_keys=key != "protocol") for key, value in results.items() if key != "runs"}
     lines = ",\n".join(json.dumps(run, sort_keys=True, separators=(",", ":")) for run in results["runs"])
     head = ",\n".join(f'"{key}": {value}' for key, value in parts.items())
     text = "{" + head + ',\n"runs": [\n' + lines + "\n]}\n"

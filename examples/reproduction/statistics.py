@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from statistics import fmean, stdev
+from statistics import StatisticsError, correlation, fmean, stdev
 from typing import Any, NamedTuple
 
 from examples.image_classification.plasticity import interference
@@ -102,6 +102,12 @@ def equal(rule: Rule) -> Quantity:
     return read
 
 
+def rules_of(results: Results, records: Sequence[Record]) -> list[Rule]:
+    """The update rules that these runs were asked."""
+    asked = {(entry["scope"], entry["optimizer"]) for record in records for entry in record["oneshot"]}
+    return [rule for rule in results["protocol"]["oneshot"]["rules"] if (rule["scope"], rule["optimizer"]) in asked]
+
+
 def middle(rule: Rule) -> float:
     rates: list[float] = sorted(rule["rates"])
     return rates[len(rates) // 2]
@@ -149,6 +155,19 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, (len(order) - rank) * p))
         adjusted[index] = largest
     return adjusted
+
+
+def within(groups: Iterable[Sequence[tuple[float, float]]]) -> float | None:
+    """Correlation of pairs after the means of their group are taken off; None without spread."""
+    x: list[float] = []
+    y: list[float] = []
+    for pairs in groups:
+        for index, values in enumerate((x, y)):
+            values.extend(pair[index] - fmean(pair[index] for pair in pairs) for pair in pairs)
+    try:
+        return correlation(x, y)
+    except StatisticsError:
+        return None
 
 
 def side(difference: Difference | None) -> int:

@@ -1,4 +1,4 @@
-"""The tables of the main stage: what ran, tables 1 and 2 beside the paper's, the update rules, the differences by seed."""
+"""The tables of the main stage: tables 1 and 2 beside the paper's, the update rules, the differences by seed."""
 
 from __future__ import annotations
 
@@ -38,43 +38,18 @@ PAIRS = (  # the first minus the second
 
 def sections(results: Results) -> dict[str, str]:
     """Markdown by name; every name of the protocol is there, whatever the results hold."""
-    made = {"protocol": protocol(results), "rules": rules(results)}
+    made = {"rules": rules(results), "headroom": headroom(results)}
     for phase in results["protocol"]["main"]["phases"]:
         made[f"table-{phase}"] = main_table(results, phase)
         made[f"paired-{phase}"] = paired_table(results, phase)
     return made
 
 
-def protocol(results: Results) -> str:
-    rows = []
-    for stage in ("main", "sweep", "second", "confirm", "failure"):
-        for phase, settings in results["protocol"]["main"]["phases"].items():
-            records = stats.select(results, stage, phase)
-            if not records:
-                continue
-            data = results["protocol"]["data"][settings["data"]]
-            each = settings.get("samples_per_class", data.get("samples_per_class"))
-            failed = len(records) - len(stats.trained(results, records))
-            seeds = f"{records[0]['seed']} to {records[-1]['seed']}"
-            shown = stats.arms(records)
-            listed = ", ".join(shown) if len(shown) <= 6 and stage == "main" else f"{len(shown)} settings"
-            rows.append([stage, phase, str(each), seeds, str(len(records)), str(failed), listed])
-    if not rows:
-        return ABSENT
-    hours = sum(record["training_seconds"] for record in results["runs"]) / 3600
-    made_with = "; ".join(", ".join(f"{name} {number}" for name, number in of.items()) for of in results["versions"])
-    head = ["stage", "phase", "images a class", "seeds", "networks", "failed", "routers"]
-    return (
-        table(head, rows).replace("---:", "---")
-        + f"\n{len(results['runs'])} networks, {hours:.1f} hours of training in sum, on {', '.join(results['devices'])}; {made_with}.\n"
-    )
-
-
 def main_table(results: Results, phase: str) -> str:
     everyone = stats.select(results, "main", phase)
     if not everyone:
         return ABSENT
-    first, *_ = update_rules = results["protocol"]["oneshot"]["rules"]
+    first, *_ = update_rules = stats.rules_of(results, everyone)
     rate, classes = stats.middle(first), results["data"][phase]["classes"]
     routers = routers_of(results, phase)
     of = {router: stats.select(results, "main", phase, router) for router in routers}
@@ -86,7 +61,7 @@ def main_table(results: Results, phase: str) -> str:
         for router in routers:
             records = stats.trained(results, of[router]) if trained else of[router]
             cells.append(level(stats.known(records, quantity).values(), form, len(records) if reached else len(of[router])))
-        return [label, *[NOTHING if trained else ""] * 0, *cells]
+        return [label, *cells]
 
     def update(label: str, name: str, form: str) -> list[str]:
         return row(label, stats.point(first, rate, name), form, trained=True)
@@ -136,7 +111,7 @@ def rules(results: Results) -> str:
     routers = routers_of(results, phase)
     of = {router: stats.trained(results, stats.select(results, "main", phase, router)) for router in routers}
     rows = []
-    for rule in results["protocol"]["oneshot"]["rules"]:
+    for rule in stats.rules_of(results, stats.select(results, "main", phase)):
         for rate in sorted(rule["rates"]):
             cells = []
             for router in routers:
@@ -174,25 +149,26 @@ def paired_table(results: Results, phase: str) -> str:
 
     rows = [[f"{one} − {other}", *(cell(((one, other), label)) for label in labels)] for one, other in pairs]
     small = sum(p < CERTAIN for p in tested)
-    return (
-        table(["", *labels], rows)
-        + f"\n{phase}, {seeds} pairs where no other n is given. {len(tested)} comparisons; {small} have p < .05 (bold), where about "
-        f"{CERTAIN * len(tested):.0f} would by chance if nothing differed; {len(certain)} (†) also after Holm's adjustment for all of this "
-        "table.\n"
+    told = (
+        f"{phase}, n {seeds} where no other n is given. {len(tested)} comparisons: p is below .05 in {small} (bold), where "
+        f"{CERTAIN * len(tested):.1f} are expected by chance if nothing differs, and in {len(certain)} (†) also after Holm's "
+        "adjustment for all of this table."
     )
+    return table(["", *labels], rows) + f"\n{told}\n"
 
 
 def differences(results: Results, phase: str) -> dict[tuple[tuple[str, str], str], Difference | None]:
     """By pair of routers and quantity."""
     records = stats.select(results, "main", phase)
+    if not records:
+        return {}
     present = stats.arms(records)
-    first, *_ = update_rules = results["protocol"]["oneshot"]["rules"]
     quantities: list[tuple[str, Quantity, bool]] = [("accuracy", stats.accuracy, True)]
     if any(stats.has_failed(results, record) for record in records):
         quantities.append(("accuracy, seeds that trained", stats.accuracy, False))
-    quantities.append(
-        (f"mean delta, {first['name']}, {stats.middle(first):g}", stats.point(first, stats.middle(first), "mean_delta"), False)
-    )
+    first, *_ = update_rules = stats.rules_of(results, records)
+    rate = stats.middle(first)
+    quantities.append((f"mean delta, {first['name']}, {rate:g}", stats.point(first, rate, "mean_delta"), False))
     quantities += [(f"delta at equal plasticity, {rule['name']}", stats.equal(rule), False) for rule in update_rules]
     return {
         ((one, other), label): stats.compare(results, "main", phase, one, other, quantity, failed=failed)
@@ -202,13 +178,34 @@ def differences(results: Results, phase: str) -> dict[tuple[tuple[str, str], str
     }
 
 
+def headroom(results: Results) -> str:
+    """Whether an update still teaches the test images, and whom: what delta is made of besides interference."""
+    phase = stats.deepest(results)
+    if phase is None:
+        return ABSENT
+    rows = []
+    for rule in stats.rules_of(results, stats.select(results, "main", phase)):
+        groups = []
+        for router in routers_of(results, phase):
+            records = stats.trained(results, stats.select(results, "main", phase, router))
+            delta, before = stats.known(records, stats.equal(rule)), stats.known(records, stats.accuracy)
+            groups.append([(before[seed], delta[seed]) for seed in delta])
+        deltas = [delta for pairs in groups for _, delta in pairs]
+        r = stats.within([pairs for pairs in groups if pairs])
+        above = sum(delta > 0 for delta in deltas)
+        rows.append([rule["name"], f"{above} of {len(deltas)}", "–" if r is None else f"{r:+.2f}"])
+    head = ["", "networks with delta above 0", "correlation of delta with accuracy"]
+    told = "Delta at equal plasticity; the correlation is within routers, over their seeds."
+    return table(head, rows) + f"\n{phase}. {told}\n"
+
+
 def routers_of(results: Results, phase: str) -> list[str]:
     present = stats.arms(stats.select(results, "main", phase))
     return [router for router in results["protocol"]["main"]["phases"][phase]["routers"] if router in present]
 
 
 def _footnote(results: Results, phase: str, seeds: int) -> str:
-    first = results["protocol"]["oneshot"]["rules"][0]
+    first = stats.rules_of(results, stats.select(results, "main", phase))[0]
     data = results["data"][phase]
     each = data["images"] // len(data["classes"])
     tested = (each - round(0.7 * each) - round(0.15 * each)) * len(data["classes"])
@@ -217,7 +214,8 @@ def _footnote(results: Results, phase: str, seeds: int) -> str:
     )
     return (
         f"{spread}; in brackets of how many, where seeds failed or did not learn enough. One of the {tested} test images is "
-        f"{100 / tested:.2f} points. Delta and novel images: {first['name']}, {stats.middle(first):g}, unless the row says otherwise."
+        f"{100 / tested:.2f} points. Delta and novel images: {first['name']}, {stats.middle(first):g}, unless the row says "
+        "otherwise."
     )
 
 

@@ -1,0 +1,231 @@
+"""The tables of the other stages: what decides whether a run fails, the sweep, the search for a better setting and its test."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from . import protocol
+from . import statistics as stats
+from .cells import chance, gap, level, table
+from .statistics import Difference, Quantity, Record, Results
+from .tables import ABSENT
+
+
+class Confirmed(NamedTuple):
+    """The one test: the setting, and by router and quantity its difference."""
+
+    setting: str
+    differences: dict[tuple[str, str], Difference | None]
+    decisive: list[str]  # the quantities that the verdict is about
+    shown: bool
+
+
+def sections(results: Results) -> dict[str, str]:
+    return {
+        "failure": failure(results),
+        "sweep": sweep(results),
+        "second": second(results),
+        "confirm": confirm(results),
+    }
+
+
+def failure(results: Results) -> str:
+    records = stats.select(results, "failure")
+    if not records:
+        return ABSENT
+    of_stage = results["protocol"]["failure"]
+    names = list(of_stage["arms"])
+    rows = []
+    for condition in of_stage["conditions"]:
+        row = [condition]
+        for name in names:
+            runs = [record for record in records if record["arm"] == f"{name}, {condition}"]
+            lost, alone = count_failed(results, runs), count_collapsed(results, runs)
+            accuracies = stats.known(stats.trained(results, runs), stats.accuracy).values()
+            row.append(f"{lost} / {alone} of {len(runs)}<br>{level(accuracies, '.1f')}")
+        rows.append(row)
+    lost, alone = count_failed(results, records), count_collapsed(results, records)
+    kept = count_collapsed(results, stats.trained(results, records))
+    failures = {record["arm"] for record in records if stats.has_failed(results, record)}
+    spared = [name for name in names if not failures & {f"{name}, {condition}" for condition in of_stage["conditions"]}]
+    told = (
+        f"Failed / on one path, of how many, and the accuracy of those that trained, in %. Of the {len(records)} networks "
+        f"{lost} failed; {alone} ended on one path, of which {kept} trained all the same. "
+        + (f"No failure under any condition: {', '.join(spared)}." if spared else "No router is without failures.")
+    )
+    return table(["", *names], rows) + f"\n{told}\n"
+
+
+def sweep(results: Results) -> str:
+    records = stats.select(results, "sweep")
+    if not records:
+        return ABSENT
+    center = results["protocol"]["sweep"]["center"]
+    rule = sweep_rule(results)
+    rows = []
+    for name in sweep_arms(results):
+        runs = stats.select(results, "sweep", arm=name)
+        kept = stats.trained(results, runs)
+        harm = stats.known(kept, stats.equal(rule)).values()
+        accuracies = stats.known(runs, stats.accuracy).values()
+        differences = [swept(results, name, quantity) for quantity in ("accuracy", "delta")]
+        rows.append(
+            [
+                f"**{name}**" if name == center else name,
+                level(accuracies, ".2f"),
+                f"{min(accuracies):.1f}",
+                "" if name == center else gap(differences[0], of=len(runs)),
+                level(harm, "+.2f", len(kept)),
+                "" if name == center else gap(differences[1], of=len(runs)),
+                *(level(stats.known(runs, stats.spectrum(part)).values(), ".2f") for part in ("stable_rank", "spectral_norm")),
+                level(stats.known(runs, stats.measured("entropy")).values(), ".2f"),
+                f"{count_failed(results, runs)} of {len(runs)}",
+            ]
+        )
+    head = ["", "accuracy, %", "worst seed", f"− {center}", "delta at equal plasticity", f"− {center}"]
+    told = (
+        f"Validation images; differences are paired by seed. Delta: {rule['name']}, where {rule['plasticity']:.0%} of the "
+        "novel images' loss is taken away, of the seeds that trained; in brackets how many of those reach that. Stable rank, "
+        "spectral norm and entropy (over log K): mean over layers."
+    )
+    return table([*head, "stable rank", "spectral norm", "entropy", "failed"], rows) + f"\n{told}\n"
+
+
+def second(results: Results) -> str:
+    records = stats.select(results, "second")
+    if not records:
+        return ABSENT
+    names = candidates(results)
+    rule = sweep_rule(results)
+    center = names[0]
+    rows = []
+    for name in names:
+        runs = stats.select(results, "second", arm=name)
+        kept = stats.trained(results, runs)
+        difference = stats.compare(results, "second", None, name, center, stats.accuracy, failed=True)
+        rows.append(
+            [
+                f"**{name}**" if name == chosen(results) else name,
+                level(stats.known(runs, stats.accuracy).values(), ".2f"),
+                "" if name == center else gap(difference),
+                level(stats.known(kept, stats.equal(rule)).values(), "+.2f", len(kept)),
+                f"{count_failed(results, runs)} of {len(runs)}",
+            ]
+        )
+    head = ["candidate", "validation accuracy, %", f"− {center}", f"delta at equal plasticity, {rule['name']}", "failed"]
+    return table(head, rows) + "\nBold: the one that goes into the test below.\n"
+
+
+def confirm(results: Results) -> str:
+    found = confirmed(results)
+    if found is None:
+        return ABSENT
+    records = stats.select(results, "confirm")
+    arms = [found.setting, *results["protocol"]["confirm"]["routers"]]
+    seeds = len({record["seed"] for record in records})
+    labels = list(dict.fromkeys(label for _, label in found.differences))
+    quantities = dict(_tested(results))
+    rows = []
+    for label in labels:
+        row = [label]
+        for name in arms:
+            runs = stats.select(results, "confirm", arm=name)
+            kept = runs if label == "accuracy" else stats.trained(results, runs)
+            row.append(
+                level(stats.known(kept, quantities[label]).values(), ".2f" if label == "accuracy" else "+.2f", len(runs))
+            )
+        for name in arms[1:]:
+            difference = found.differences[name, label]
+            row.append(gap(difference, of=seeds) + ("" if difference is None else f"<br>{chance(difference.p)}"))
+        rows.append(row)
+    rows.append(["failed", *(_failed_of(results, name) for name in arms), *[""] * len(arms[1:])])
+    decisive = " and ".join(found.decisive)
+    alpha = results["protocol"]["confirm"]["alpha_level"]
+    told = (
+        f"{seeds} fresh seeds, test images, differences paired by seed. The rule was: shown only if {decisive} are better "
+        f"than those of both other routers, each with p < {alpha:g}. All of these must hold, so nothing is adjusted for their "
+        f"number. **{'Shown' if found.shown else 'Not shown'}.**"
+    )
+    return table(["", *arms, *(f"− {name}" for name in arms[1:])], rows) + f"\n{told}\n"
+
+
+def confirmed(results: Results) -> Confirmed | None:
+    setting = chosen(results)
+    if setting is None or not stats.select(results, "confirm", arm=setting):
+        return None
+    of_stage = results["protocol"]["confirm"]
+    tested = _tested(results)
+    found = {
+        (router, label): stats.compare(results, "confirm", None, setting, router, quantity, failed=label == "accuracy")
+        for router in of_stage["routers"]
+        for label, quantity in tested
+    }
+    decisive = [label for label, _ in tested[:2]]  # accuracy, and interference by the first rule
+
+    def better(difference: Difference | None) -> bool:
+        if difference is None or difference.p is None:
+            return False
+        return difference.mean > 0 and difference.p < float(of_stage["alpha_level"])
+
+    shown = all(better(difference) for (_, label), difference in found.items() if label in decisive)
+    return Confirmed(setting, found, decisive, shown)
+
+
+def chosen(results: Results) -> str | None:
+    """What was put to the test; before that, the candidate that will be."""
+    routers = results["protocol"]["confirm"]["routers"]
+    tested = [arm for arm in stats.arms(stats.select(results, "confirm")) if arm not in routers]
+    if tested:
+        return tested[0]
+    tried = candidates(results)
+    return max(tried, key=lambda name: _mean_accuracy(results, name), default=None)
+
+
+def candidates(results: Results) -> list[str]:
+    """The center first, then by accuracy."""
+    center = results["protocol"]["sweep"]["center"]
+    names = stats.arms(stats.select(results, "second"))
+    return sorted(names, key=lambda name: (name != center, -_mean_accuracy(results, name)))
+
+
+def sweep_arms(results: Results) -> list[str]:
+    present = stats.arms(stats.select(results, "sweep"))
+    return [name for name in protocol.sweep_arms(results["protocol"]) if name in present]
+
+
+def sweep_rule(results: Results) -> stats.Rule:
+    wanted = results["protocol"]["sweep"]["rules"][0]
+    rule: stats.Rule = next(rule for rule in results["protocol"]["oneshot"]["rules"] if rule["name"] == wanted)
+    return rule
+
+
+def swept(results: Results, name: str, quantity: str) -> Difference | None:
+    """An arm of the sweep minus its center: "accuracy" over all seeds, or "delta" at equal plasticity."""
+    center = results["protocol"]["sweep"]["center"]
+    read: Quantity = stats.accuracy if quantity == "accuracy" else stats.equal(sweep_rule(results))
+    return stats.compare(results, "sweep", None, name, center, read, failed=quantity == "accuracy")
+
+
+def count_failed(results: Results, records: list[Record]) -> int:
+    return sum(stats.has_failed(results, record) for record in records)
+
+
+def count_collapsed(results: Results, records: list[Record]) -> int:
+    return sum(stats.is_collapsed(results, record) for record in records)
+
+
+def _tested(results: Results) -> list[tuple[str, Quantity]]:
+    rules = stats.rules_of(results, stats.select(results, "confirm"))
+    return [("accuracy", stats.accuracy)] + [
+        (f"delta at equal plasticity, {rule['name']}", stats.equal(rule)) for rule in rules
+    ]
+
+
+def _failed_of(results: Results, name: str) -> str:
+    runs = stats.select(results, "confirm", arm=name)
+    return f"{count_failed(results, runs)} of {len(runs)}"
+
+
+def _mean_accuracy(results: Results, name: str) -> float:
+    values = stats.known(stats.select(results, "second", arm=name), stats.accuracy).values()
+    return sum(values) / len(values) if values else 0.0

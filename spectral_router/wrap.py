@@ -176,7 +176,7 @@ def wrap_moe(
 
     Warns:
         UserWarning, once each, with names: gates that are frozen, quantised or did not run in the first training forward; a
-        model compiled before; the model's own balance loss also on; a term that nobody used.
+            model compiled before; the model's own balance loss also on; a term that nobody used.
 
     Source:
         equation 7 of arXiv:2601.03889.

@@ -58,6 +58,30 @@ def test_experts_equal_separate_mlps():
         torch.testing.assert_close(tuple(gradient[index] for gradient in ours[2:]), literal_gradient)
 
 
+def test_a_residual_adds_what_the_layer_gets():
+    plain, residual = (SRMoE(replace(CONFIG, residual=flag), "spectral", 3, 4).moe_layers[0] for flag in (False, True))
+    residual.load_state_dict(plain.state_dict())
+    z = torch.randn(7, 12)
+    torch.testing.assert_close(residual(z)[0], z + plain(z)[0])
+
+
+def test_prototypes_from_data_are_inputs_of_their_layers():
+    model = SRMoE(CONFIG, "spectral", 3, 4).eval()
+    images = torch.randn(20, 3, 16, 16)
+    model.prototypes_from(images, torch.Generator().manual_seed(1))
+    first = model.router_weights()[0].clone()
+    z = model.stem(images)
+    for layer in model.moe_layers:
+        inside = layer.processor(z)
+        distances = torch.cdist(layer.router.prototypes, inside)
+        assert (distances.amin(1) < 1e-5).all()
+        assert len(distances.argmin(1).unique()) == CONFIG.experts
+        z, _ = layer(z)
+    model.prototypes_from(images, torch.Generator().manual_seed(1))
+    assert torch.equal(model.router_weights()[0], first)
+    SRMoE(CONFIG, "baseline", 3, 4).prototypes_from(images, torch.Generator())  # no prototypes, nothing to do
+
+
 def test_experts_start_within_the_bounds_of_linear_layers():
     experts = Experts(8, 16, 64)
     for weight, fan_in in ((experts.w_in, 16), (experts.w_out, 64)):

@@ -39,21 +39,18 @@ class ImportanceConstraint(nn.Module):
         kind: "relative" or "mean".
         momentum: for "mean": the least weight of the newest step, in `(0, 1]`, so that the mean forgets. None is the mean over
             all steps, as in the paper, whose late corrections are slow.
-        sync: count the tokens of all ranks of the default process group, by one all-reduce of K numbers a step: then every
-            rank has the same experts open, those of the global batch. All ranks must call it equally often, a rank without
-            tokens too. Without a process group it changes nothing. It is on here, and off in the balance losses, because
-            the state is a part of the model and must be equal on all ranks. False is for ranks that do not all run this
-            router, as pipeline stages. Under DDP with its default `broadcast_buffers=True` it does not give each rank a state
-            of its own: rank 0's, counted from rank 0's tokens, replaces the others' at each forward.
+        sync: count the tokens of all ranks of the default process group, by one all-reduce of K numbers a step, so that every
+            rank has the same experts open. All ranks must call it equally often, a rank without tokens too. Without a
+            process group it changes nothing. False is for ranks that do not all run this router, as pipeline stages; under
+            DDP with its default `broadcast_buffers=True` rank 0's state then replaces the others' at each forward.
         device: where the buffers are made.
 
     A step is a forward in training mode, also of a micro-batch and under `no_grad`. One without tokens, or with weights that
     are not finite, is not counted. Recomputation (activation checkpointing) is recognised: it sees the experts that were open
     in the last forward, and counts nothing. So run the backward of a checkpointed router before its next forward.
     With `torch.compile` and inductor, checkpoint what is compiled; inductor rejects a checkpoint inside. A selective policy may
-    save matmuls and attention, but no operation that the controller runs too (scatter, sum, where and the like): the
-    recomputation leaves those out, so torch raises a CheckpointError or takes one result for another. A graph exported in
-    training mode holds the operation `spectral_router::first_forward`, one exported in evaluation does not.
+    save matmuls and attention, but no operation that the controller runs too (scatter, sum, where and the like), which the
+    recomputation leaves out. A graph exported in training mode holds the operation `spectral_router::first_forward`.
 
     NOTE[DIFF]: In the paper's code the state is lost with the process and each process has its own; here it is saved, and
     counted over all ranks. The least used expert is open even where rounding would close all. `momentum` is not in the paper.

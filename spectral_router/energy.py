@@ -34,11 +34,10 @@ class HypersphericalEnergyPenalty(nn.Module):
     P is a constant of the loss. It follows from the seed, the number of training calls and the weights: equal on all ranks,
     and the global random state is neither read nor changed. Matrices of equal shape are computed in one batch.
 
-    NOTE[DIFF]: Where P is learned, the public code also differentiates through its last step; not here. Its steps follow the
-    norm, not its square, and its adversary climbs the full-space energy while the half-space one is minimised; here both
-    use the same. Its adversary keeps P from step to step; here it starts anew, since one that goes on finds a P under
-    which two rows coincide, whatever the weights. Its steps are not checked; here each is the best of itself, a
-    quarter, a sixteenth and none.
+    NOTE[DIFF]: Where P is learned, the public code also differentiates through its last step, follows the norm and not its
+    square, and checks no step; here each is the best of itself, a quarter, a sixteenth and none. Its adversary climbs
+    the full-space energy whatever is minimised, and goes on from step to step; here it climbs the same, and starts anew:
+    one that goes on finds a P under which two rows coincide.
 
     **Shape**
         - Input: a `(*, K, d)` tensor, or an iterable of matrices `(K_i, d_i)` of any shapes, floating point.
@@ -54,8 +53,7 @@ class HypersphericalEnergyPenalty(nn.Module):
         resample_every: training calls from one random P to the next (of the adversary: its start).
         projection_steps: gradient steps on P a call; None is 1 (angle_preserving) or 10 (adversarial).
         projection_lr: length of the step, in units of ‖P‖² min(K, d)²/d times the gradient, so that one value serves all
-            shapes; None is 0.1, or 0.001 (adversarial): uphill by some per cent. At 0.003 a few calls in a hundred, on the
-            filters of a small convolution, find a P under which two rows coincide, with an energy of thousands.
+            shapes; None is 0.1, or 0.001 (adversarial), as more makes rows coincide.
         groups: without a projection, the mean energy over this many random groups of d // groups coordinates each.
         seed: of all random P, from 0 to 2^32 - 1.
 

@@ -30,11 +30,10 @@ class LoadBalanceLoss(nn.Module):
             that of the whole global batch. Without a process group it changes nothing.
 
     NOTE[SYNC]: CV² is not linear in P: without `sync`, each rank balances its own share of the batch, which asks for more than
-    a balanced batch. With it, one all-reduce of K numbers runs in forward and none in backward. Each rank's gradient is that of
-    its own tokens, times the number of ranks, so that the mean which DDP, FSDP and ZeRO take over ranks is the gradient of
-    the global batch; where gradients are summed over ranks, divide the loss by their number. Ranks that repeat
-    tokens, as in tensor parallelism, change nothing. All ranks must call it equally often, and a rank without tokens
-    calls it too: a gate that runs on some ranks only would hang the rest.
+    a balanced batch. With it, one all-reduce of K numbers runs in forward. Each rank's gradient is that of its own tokens,
+    times the number of ranks, so that the mean which DDP, FSDP and ZeRO take is the gradient of the global batch;
+    where gradients are summed, divide the loss by the number of ranks. Ranks that repeat tokens, as in tensor parallelism,
+    change nothing. All ranks must call it equally often, one without tokens too.
 
     Raises:
         ValueError, TypeError: as `functional.load_balance_loss`.
@@ -177,9 +176,8 @@ class RouterZLoss(nn.Module):
     Caution: not for the unsquared distances of `PrototypeRouter(metric="euclidean")`, the default; see
     `functional.router_z_loss`.
 
-    It needs no `sync`: a mean over tokens is linear in them, so the mean over ranks is that of the global batch where the ranks
-    hold equally many tokens that count. Where they do not, a token on a rank with few weighs more, as in a task loss that
-    each rank averages.
+    It needs no `sync`: a mean over tokens is linear in them. Where ranks hold unequally many, a token on a rank with few weighs
+    more, as in a task loss that each rank averages.
 
     **Shape**
         - logits: `(*, K)`, over all experts; mask: `(*)` bool or 0/1, or None.

@@ -43,11 +43,10 @@ class SpectralNormPenalty(nn.Module):
         sigma_target: σ_t, the norm at which the penalty is zero, at least 0.
         power: k, at least 1. The gradient grows as σ^(2k - 1): k = 2 needs small steps far above the target.
         solver: "iteration": power iterations from where the last call ended, as in the paper: u <- Wv/|Wv|, v <- Wᵀu/|Wᵀu|,
-            σ = uᵀWv. Two matrix-vector products for each weight and iteration, no host synchronisation. It never reads above
-            σ but for rounding, and it reads low where singular values crowd at the top and the weights move fast: by a percent
-            or less with small coefficients and steps, by several percent, at times twenty, where the penalty itself levels the
-            top singular values. The gradient is u vᵀ with u and v held constant; a second derivative holds them constant
-            too. The iterates are buffers that move and copy with the module and stay out of `state_dict`; they advance in
+            σ = uᵀWv. Two matrix-vector products for each weight and iteration, no host synchronisation. It reads low where
+            singular values crowd at the top and the weights move fast: by a percent or less with small coefficients and steps,
+            at times by twenty where the penalty itself levels the top ones. u and v are held constant in gradients, in second
+            ones too. The iterates are buffers that move and copy with the module and stay out of `state_dict`; they advance in
             training mode with gradients enabled only. Or "exact": `eigh` of the Gram matrix of the shorter side.
         iterations: how many a call, at least 1, the paper's number; the first call makes 15 or more. For "iteration" only.
 

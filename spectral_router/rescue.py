@@ -51,15 +51,13 @@ def rescue_collapsed_(
     Args:
         weight: the prototypes, or the weight of a linear gate; a parameter may be passed as it is.
         share: what each expert gets, at least 0 and in any unit: mean probability, number of tokens. None asks for no share.
-            An entry that is NaN or inf says nothing of its expert, and an even share is that of the others: one prototype of
-            NaN makes every probability NaN, and then its row alone is collapsed.
+            An entry that is NaN or inf says nothing of its expert, and an even share is that of the others.
         x: typical inputs of this router, finite; a few thousand are enough.
         metric: "euclidean" compares rows, "cosine" their directions, for gates that read no more.
         tolerance: at least 0 and below 1. Rows that bfloat16 rounds differently are up to 0.004 apart.
         dead: at least 0 and below 1.
         generator: source of randomness, on the CPU; None uses one with a fixed seed, so later calls draw alike.
-        optimizer: the optimizer of `weight`. Its state of the new rows, momentum or Adam's moments, is set to zero, or it would
-            push them on as it did the old ones.
+        optimizer: the optimizer of `weight`, whose state of the new rows, momentum or Adam's moments, is set to zero.
 
     Raises:
         ValueError: an argument of the wrong shape or out of its range, `x` not finite, or an optimizer without `weight`.

@@ -204,6 +204,39 @@ def test_a_run_alone_gives_what_it_gave_among_others(tiny, tmp_path):
     assert first == second
 
 
+def test_what_a_process_that_died_has_left_is_done(tiny, tmp_path, monkeypatch):
+    """A run that was claimed when its turn came, and whose owner is gone when nothing else is left."""
+    out, wanted = tmp_path / "out", protocol.runs(protocol.read(tiny), "main", {})
+    owner = run.claim(out, wanted[0])
+    assert owner.__enter__()
+    monkeypatch.setattr(run.time, "sleep", lambda seconds: owner.__exit__(None, None, None))
+    assert main(["run", "--protocol", str(tiny), "--out", str(out), "--stages", "main"]) == 0
+    assert len(list((out / "parts").iterdir())) == len(wanted)
+
+
+def test_one_run_waits_for_no_stage_before_it(tiny, tmp_path, capsys):
+    command = ["run", "--protocol", str(tiny), "--out", str(tmp_path / "out"), "--only"]
+    assert main([*command, "failure"]) == 0
+    assert "stage second left out: it needs 4 runs of the stage before it" in capsys.readouterr().err
+    assert main([*command, "no such run"]) == 1
+    assert "--only must be part of the name of a run, got no such run" in capsys.readouterr().err
+    assert main([*command[:-1], "--stages", "second"]) == 1
+    assert "it needs 4 runs of the stage before it, the first sweep." in capsys.readouterr().err
+
+
+def test_a_folder_is_of_one_protocol_and_of_one_set_of_images(tiny, tmp_path, capsys):
+    command = ["run", "--protocol", str(tiny), "--out", str(tmp_path / "out"), "--only", "main.digits-2x2.baseline.seed0"]
+    assert main(command) == 0
+    (images,) = (tmp_path / "out" / "images").iterdir()
+    images.write_text('"other"', encoding="utf-8")
+    (tmp_path / "out" / "parts" / "main.digits-2x2.baseline.seed0.json").unlink()
+    assert main(command) == 1
+    assert "--photos must be the images that --out began with" in capsys.readouterr().err
+    tiny.write_text(TINY.replace("hidden = 8", "hidden = 9"), encoding="utf-8")
+    assert main(command) == 1
+    assert "--out must be of one protocol, got another one" in capsys.readouterr().err
+
+
 def test_bad_input_gets_a_sentence(tiny, tmp_path, capsys):
     assert main(["run", "--photos", str(tmp_path / "none")]) == 1
     assert "--photos must be a folder with one subfolder of images a class" in capsys.readouterr().err

@@ -33,7 +33,7 @@ def tiny(*runs: tuple[str, int, float], share: float = 0.3, **more) -> dict:
         | more
         for arm, seed, accuracy in runs
     ]
-    return {"protocol": {"failed": {"accuracy_below": 50.0, "one_path": 0.99}}, "runs": records}
+    return {"protocol": {"main": {"seeds": [0, 2]}, "failed": {"accuracy_below": 50.0, "one_path": 0.99}}, "runs": records}
 
 
 def test_a_paired_difference_by_hand():
@@ -45,15 +45,20 @@ def test_a_paired_difference_by_hand():
     assert found.p == pytest.approx(0.0741799, rel=1e-5)
     assert stats.side(found) == 0
     assert stats.paired({0: 1.0}, {1: 1.0}) is None
-    assert stats.paired({0: 3.0}, {0: 1.0}) == (2.0, None, None, 1)
+    assert stats.paired({0: 3.0}, {0: 1.0}) == (2.0, None, None, 1, 0)
     # no spread: the interval is a point
-    assert stats.paired({0: 1.0, 1: 2.0}, {0: 0.0, 1: 1.0}) == (1.0, 0.0, 0.0, 2)
-    assert stats.paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}) == (0.0, 0.0, 1.0, 2)
+    assert stats.paired({0: 1.0, 1: 2.0}, {0: 0.0, 1: 1.0}) == (1.0, 0.0, 0.0, 2, 0)
+    assert stats.paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}) == (0.0, 0.0, 1.0, 2, 0)
 
 
 @pytest.mark.parametrize(("mean", "half", "side"), [(2.0, 1.0, 1), (-2.0, 1.0, -1), (2.0, 2.0, 0), (2.0, None, 0)])
 def test_what_an_interval_allows_to_say(mean, half, side):
     assert stats.side(stats.Difference(mean, half, 0.5, 3)) == side
+
+
+@pytest.mark.parametrize(("n", "side"), [(8, 1), (7, 0)])
+def test_of_few_pairs_nothing_is_said(n, side):
+    assert stats.side(stats.Difference(2.0, 1.0, 0.01, n, 10)) == side
 
 
 def test_holm_by_hand():
@@ -67,7 +72,7 @@ def test_failed_runs_are_counted_and_left_out():
     results = tiny(("a", 0, 90.0), ("a", 1, 25.0), ("b", 0, 80.0), ("b", 1, 81.0))
     assert [stats.has_failed(results, record) for record in results["runs"]] == [False, True, False, False]
     assert stats.has_failed(results, {"accuracy": None})
-    assert stats.compare(results, "main", "p", "a", "b", stats.accuracy) == (10.0, None, None, 1)
+    assert stats.compare(results, "main", "p", "a", "b", stats.accuracy) == (10.0, None, None, 1, 2)
     both = stats.compare(results, "main", "p", "a", "b", stats.accuracy, failed=True)
     assert both.mean == pytest.approx((10 - 56) / 2)
     assert both.n == 2
@@ -148,8 +153,8 @@ def test_pairs_of_the_deep_phase_and_their_number(whole):
     found = differences(whole, "photos-4x4")
     assert {pair for pair, _ in found} == set(PAIRS)
     text = page.text(whole)
-    tests = sum(difference is not None and difference.p is not None for difference in found.values())
-    assert f"{tests} comparisons" in text
+    tests = sum(difference is not None and difference.n == 3 for difference in found.values())
+    assert f"photos-4x4, n 3 where no other n is given. {tests} comparisons" in text
 
 
 @pytest.mark.parametrize("side", [1, -1, 0])
@@ -174,6 +179,21 @@ def test_the_verdict_needs_accuracy_and_interference(whole, harmless):
             entry["mean_delta"] = -1.0 + (best and harmless) * (0.9 - 0.01 * (run["seed"] % 3))
     assert stages.confirmed(results).shown is harmless
     assert ("**Shown.**" in stages.confirm(results)) is harmless
+
+
+@pytest.mark.parametrize("stage", ["second", "confirm"])
+def test_a_stage_that_still_runs_has_no_verdict(whole, stage):
+    later = {"second": ("confirm",), "confirm": ()}[stage]
+    runs = [run for run in whole["runs"] if run["stage"] not in later]
+    last = max(index for index, run in enumerate(runs) if run["stage"] == stage)
+    wanted = sum(run["stage"] == stage for run in runs)
+    results = whole | {"runs": runs[:last] + runs[last + 1 :]}
+    assert f"{wanted - 1} of {wanted} runs, no verdict yet" in getattr(stages, stage)(results)
+    assert "**" not in getattr(stages, stage)(results)
+    assert stages.confirmed(results) is None
+    assert (stages.chosen(results) is None) is (stage == "second")
+    assert "**shown" not in answered(results)["answers"].lower()
+    assert "Shown" not in stages.confirm(results)
 
 
 def test_a_page_of_digits_alone(digits, tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from . import statistics as stats
 from .cells import chance, gap, table
 from .protocol import label
-from .stages import confirmed, count_collapsed, count_failed, sweep_arms, sweep_rule, swept
+from .stages import confirmed, count_collapsed, count_failed, missing, sweep_arms, sweep_rule, swept
 from .statistics import CERTAIN, Difference, Quantity, Record, Results
 from .tables import ABSENT
 
@@ -166,7 +166,7 @@ def _labels(results: Results, phase: str) -> dict[str, str]:
 
 def _certain(differences: Differences) -> Row:
     """How many intervals exclude 0, and which."""
-    tested = {key: found for key, found in differences.items() if found is not None and found.half is not None}
+    tested = {key: found for key, found in differences.items() if found is not None and found.enough}
     certain = {key: found for key, found in tested.items() if stats.side(found)}
     told = [f"{', '.join(key)}: {_numbers(found)}" for key, found in certain.items()]
     if not tested:
@@ -176,7 +176,7 @@ def _certain(differences: Differences) -> Row:
 
 def _claim(results: Results, phase: str, one: str, other: str, what: str) -> Row:
     found = _difference(results, phase, one, other, what)
-    verdict = "no runs" if found is None else {1: "**yes**", -1: "**no**", 0: "open"}[stats.side(found)]
+    verdict = _verdict(found, "**yes**", "**no**")
     numbers = _numbers(found)
     sides = [stats.select(results, "main", phase, router) for router in (one, other)]
     if what == "accuracy" and any(count_failed(results, records) for records in sides):
@@ -204,7 +204,7 @@ def _collapse(results: Results, phase: str) -> Row:
 def _better(results: Results) -> Row:
     found = confirmed(results)
     if found is None:
-        return ["no runs", ""]
+        return ["no runs" if missing(results, "confirm") is None else "no verdict yet", missing(results, "confirm") or ""]
     told = [
         f"{label}, − {router}: {_numbers(difference)}"
         for (router, label), difference in found.differences.items()
@@ -222,9 +222,15 @@ def _difference(results: Results, phase: str, one: str, other: str, what: str) -
 
 
 def _said(difference: Difference | None, better: str, worse: str) -> str:
+    return f"{_verdict(difference, better, worse)}: {_numbers(difference)}"
+
+
+def _verdict(difference: Difference | None, better: str, worse: str) -> str:
     if difference is None:
         return "no runs"
-    return f"{ {1: better, -1: worse, 0: 'open'}[stats.side(difference)] }: {_numbers(difference)}"
+    if not difference.enough:
+        return f"too few ({difference.n} of {difference.of})"
+    return {1: better, -1: worse, 0: "open"}[stats.side(difference)]
 
 
 def _numbers(difference: Difference | None) -> str:
@@ -234,7 +240,7 @@ def _numbers(difference: Difference | None) -> str:
 
 
 def _expected(differences: Iterable[Difference | None]) -> str:
-    intervals = sum(found is not None and found.half is not None for found in differences)
+    intervals = sum(found is not None and found.enough for found in differences)
     return f"{intervals} intervals: {CERTAIN * intervals:.1f} of them would be expected to exclude 0 if nothing differed."
 
 

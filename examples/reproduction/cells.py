@@ -1,4 +1,4 @@
-"""How numbers are written in the tables."""
+"""How numbers are written in the tables, and what they allow to say."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from examples.shared.runs import interval
 
-from .statistics import Difference
+from .statistics import CERTAIN, Difference, side
 
 NOTHING = "–"
 
@@ -21,10 +21,11 @@ def level(values: Iterable[float], form: str, of: int | None = None) -> str:
     return _spread(summary["mean"], summary["ci95"], form) + counted
 
 
-def gap(difference: Difference | None, form: str = "+.2f", of: int | None = None) -> str:
-    """A paired difference, as `level`."""
+def gap(difference: Difference | None, of: int | None = None) -> str:
+    """A paired difference, as `level`; a small one that nearly excludes 0, or only just does, to three decimals."""
     if difference is None:
         return NOTHING
+    form = "+.3f" if difference.p is not None and 0.03 <= difference.p <= 0.08 and abs(difference.mean) < 1 else "+.2f"
     counted = "" if of is None or difference.n == of else f" (n {difference.n})"
     return _spread(difference.mean, difference.half, form) + counted
 
@@ -39,6 +40,40 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Markdown; all columns but the first are of numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def words(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown; words stand better at the left."""
+    return table(head, rows).replace("---:", "---")
+
+
+def verdict(difference: Difference | None, better: str = "**yes**", worse: str = "**no**") -> str:
+    if difference is None:
+        return "no runs"
+    if not difference.enough:
+        return f"too few ({difference.n} of {difference.of})"
+    return {1: better, -1: worse, 0: "open"}[side(difference)]
+
+
+def numbers(difference: Difference | None) -> str:
+    if difference is None:
+        return "no pair of seeds"
+    return f"{gap(difference)}, {chance(difference.p)}, n {difference.n}"
+
+
+def said(difference: Difference | None, better: str = "**yes**", worse: str = "**no**") -> str:
+    return f"{verdict(difference, better, worse)}: {numbers(difference)}"
+
+
+def together(verdicts: Sequence[str]) -> str:
+    """The verdict that all share, or how often each was reached."""
+    counts = {one: verdicts.count(one) for one in dict.fromkeys(verdicts)}
+    return next(iter(counts), "no runs") if len(counts) < 2 else "; ".join(f"{one} in {n}" for one, n in counts.items())
+
+
+def expected(differences: Iterable[Difference | None]) -> str:
+    intervals = sum(found is not None and found.enough for found in differences)
+    return f"{intervals} intervals: {CERTAIN * intervals:.1f} of them would be expected to exclude 0 if nothing differed."
 
 
 def _spread(mean: float, half: float | None, form: str) -> str:

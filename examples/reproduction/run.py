@@ -22,6 +22,7 @@ from examples.image_classification.data import ImageSet, digest, split
 from examples.image_classification.stacked import adapt_stacked
 from examples.image_classification.study import move, read
 from examples.image_classification.train import Trained, accuracy, predict, spectra, train
+from examples.shared.command import ExperimentError
 from examples.shared.progress import bars, console
 from examples.shared.runs import versions
 from examples.shared.storage import read_json, write_json
@@ -36,25 +37,45 @@ Record = dict[str, Any]
 
 def study(protocol: Protocol, places: dict[str, str], out: Path, stages: tuple[str, ...] = STAGES, only: str = "") -> None:
     """Do what is left of the stages, in their order; of their runs those whose name contains `only`."""
-    images = Images()
+    _same(out / "protocol.json", protocol, "--out must be of one protocol")
+    images = Images(out)
+    found = False
     with bars() as progress:
         for stage in stages:
-            arms = _arms(protocol, stage, places, out)
-            if arms == {}:  # depends on data that are not there
-                continue
+            try:
+                arms = _arms(protocol, stage, places, out)
+            except MissingRunsError as missing:
+                if only:  # what is asked for may well be in another stage
+                    console.print(f"stage {stage} left out: {missing}", markup=False, soft_wrap=True)
+                    continue
+                raise
             wanted = [one for one in runs(protocol, stage, places, arms) if only in one.name]
-            task = progress.add_task(stage, total=len(wanted), note="")
-            for one in wanted:
-                progress.update(task, note=one.name)
-                with claim(out, one) as mine:
-                    if mine:
-                        _do(one, images, out, progress)
-                progress.advance(task)
-            progress.remove_task(task)
+            found = found or bool(wanted)
+            _finish(wanted, stage, images, out, progress)
+    if not found:
+        raise ExperimentError(f"--only must be part of the name of a run, got {only}" if only else "there is nothing to run")
+
+
+def _finish(wanted: list[Run], stage: str, images: Images, out: Path, progress: Progress) -> None:
+    """Until all runs are there: do those that nobody is at, also what a process that died has left."""
+    task = progress.add_task(stage, total=len(wanted), note="")
+    while missing := [one for one in wanted if not _file(out, one).exists()]:
+        idle = True
+        for one in missing:
+            with claim(out, one) as mine:
+                if mine:
+                    idle = False
+                    progress.update(task, note=one.name)
+                    _do(one, images, out, progress)
+            progress.update(task, completed=sum(_file(out, other).exists() for other in wanted))
+        if idle:
+            progress.update(task, note="waiting for other processes")
+            time.sleep(WAIT)
+    progress.remove_task(task)
 
 
 def _arms(protocol: Protocol, stage: str, places: dict[str, str], out: Path) -> dict[str, Settings] | None:
-    """The arms of a stage that earlier ones decide; waits for those. {} where the earlier stages cannot be run here."""
+    """The arms of a stage that earlier ones decide. {} where those have no runs, for want of data."""
     if stage == "second":
         swept = runs(protocol, "sweep", places)
         return choice.candidates(protocol, _all(swept, out)) if swept else {}
@@ -68,15 +89,22 @@ def _arms(protocol: Protocol, stage: str, places: dict[str, str], out: Path) -> 
     return None
 
 
+class MissingRunsError(ExperimentError):
+    """Runs that a stage depends on."""
+
+
 def _all(wanted: list[Run], out: Path) -> list[Record]:
-    """The records of these runs, once all are there."""
-    told = False
-    while missing := [one for one in wanted if not _file(out, one).exists()]:
-        if not told:
-            console.print(f"waiting for {len(missing)} runs, the first {missing[0].name}: another process must finish them")
-            told = True
-        time.sleep(WAIT)
+    if missing := [one.name for one in wanted if not _file(out, one).exists()]:
+        raise MissingRunsError(f"it needs {len(missing)} runs of the stage before it, the first {missing[0]}; do those first")
     return [read_json(_file(out, one)) for one in wanted]
+
+
+def _same(file: Path, value: Any, rule: str) -> None:
+    """Keep `value` in the file, or make sure that it is what the file has."""
+    if not file.exists():
+        write_json(file, value)
+    elif read_json(file) != value:
+        raise ExperimentError(f"{rule}, got another one than in {file}; choose another --out, or delete that folder")
 
 
 def records(out: Path) -> list[Record]:
@@ -113,9 +141,10 @@ def _lock(descriptor: int) -> bool:
 
 
 class Images:
-    """The image sets of this process, each read once."""
+    """The image sets of this process, each read once, and the same as all other runs in `out` had."""
 
-    def __init__(self) -> None:
+    def __init__(self, out: Path) -> None:
+        self._out = out
         self._read: dict[tuple[Any, ...], tuple[ImageSet, str]] = {}
 
     def of(self, config: Config) -> tuple[ImageSet, str]:
@@ -124,6 +153,10 @@ class Images:
         if key not in self._read:
             data = read(config)
             self._read[key] = move(data, config.resolved_device()), digest(data)
+            name = f"{Path(config.data).name}-{config.image_size}"
+            _same(
+                self._out / "images" / f"{name}.json", self._read[key][1], "--photos must be the images that --out began with"
+            )
         return self._read[key]
 
 

@@ -12,7 +12,7 @@ from .tables import ABSENT
 
 
 class Confirmed(NamedTuple):
-    """The one test: the setting, and by router and quantity its difference."""
+    """The one test, when all its runs are there: the setting, and by router and quantity its difference."""
 
     setting: str
     differences: dict[tuple[str, str], Difference | None]
@@ -92,8 +92,7 @@ def sweep(results: Results) -> str:
 
 
 def second(results: Results) -> str:
-    records = stats.select(results, "second")
-    if not records:
+    if not stats.select(results, "second"):
         return ABSENT
     names = candidates(results)
     rule = sweep_rule(results)
@@ -113,13 +112,15 @@ def second(results: Results) -> str:
             ]
         )
     head = ["candidate", "validation accuracy, %", f"− {center}", f"delta at equal plasticity, {rule['name']}", "failed"]
-    return table(head, rows) + "\nBold: the one that goes into the test below.\n"
+    told = missing(results, "second") or "Bold: the one that goes into the test below."
+    return table(head, rows) + f"\n{told}\n"
 
 
 def confirm(results: Results) -> str:
     found = confirmed(results)
     if found is None:
-        return ABSENT
+        lacks = missing(results, "confirm")
+        return f"*{lacks}*\n" if lacks else ABSENT
     records = stats.select(results, "confirm")
     arms = [found.setting, *results["protocol"]["confirm"]["routers"]]
     seeds = len({record["seed"] for record in records})
@@ -151,7 +152,7 @@ def confirm(results: Results) -> str:
 
 def confirmed(results: Results) -> Confirmed | None:
     setting = chosen(results)
-    if setting is None or not stats.select(results, "confirm", arm=setting):
+    if setting is None or not stats.select(results, "confirm", arm=setting) or missing(results, "confirm"):
         return None
     of_stage = results["protocol"]["confirm"]
     tested = _tested(results)
@@ -172,13 +173,26 @@ def confirmed(results: Results) -> Confirmed | None:
 
 
 def chosen(results: Results) -> str | None:
-    """What was put to the test; before that, the candidate that will be."""
+    """What was put to the test; before that the candidate that will be, once all have run."""
     routers = results["protocol"]["confirm"]["routers"]
     tested = [arm for arm in stats.arms(stats.select(results, "confirm")) if arm not in routers]
     if tested:
         return tested[0]
+    if missing(results, "second"):
+        return None
     tried = candidates(results)
     return max(tried, key=lambda name: _mean_accuracy(results, name), default=None)
+
+
+def missing(results: Results, stage: str) -> str | None:
+    """What a stage still lacks, in words; None for one that has all its runs, or none."""
+    records = stats.select(results, stage)
+    arms = set(stats.arms(records))
+    if stage == "confirm" and records:  # all routers, and one setting
+        arms |= set(results["protocol"]["confirm"]["routers"])
+        arms |= {"the setting"} if arms == set(results["protocol"]["confirm"]["routers"]) else set()
+    wanted = len(arms) * stats.seeds_of(results, stage)
+    return f"{len(records)} of {wanted} runs, no verdict yet." if len(records) < wanted else None
 
 
 def candidates(results: Results) -> list[str]:

@@ -21,6 +21,7 @@ Results = dict[str, Any]
 Rule = dict[str, Any]
 Quantity = Callable[[Record], float | None]
 CERTAIN = 0.05  # intervals hold 95 %
+ENOUGH = 0.8  # of the protocol's seeds: of fewer pairs nothing is said, for who is missing is no accident
 
 
 class Difference(NamedTuple):
@@ -30,6 +31,12 @@ class Difference(NamedTuple):
     half: float | None  # None for a single pair
     p: float | None
     n: int
+    of: int = 0  # seeds that the protocol gives
+
+    @property
+    def enough(self) -> bool:
+        """Whether it may be judged."""
+        return self.half is not None and self.n >= ENOUGH * self.of
 
 
 def select(results: Results, stage: str, phase: str | None = None, arm: str | None = None) -> list[Record]:
@@ -143,7 +150,14 @@ def compare(
     """Two arms of a stage, over the seeds that trained in both, or with `failed` over all."""
     sides = [select(results, stage, phase, arm) for arm in (one, other)]
     a, b = (known(side if failed else trained(results, side), quantity) for side in sides)
-    return paired(a, b)
+    found = paired(a, b)
+    return found and found._replace(of=seeds_of(results, stage))
+
+
+def seeds_of(results: Results, stage: str) -> int:
+    """How many the protocol gives."""
+    _, count = results["protocol"][stage]["seeds"]
+    return int(count)
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
@@ -171,8 +185,8 @@ def within(groups: Iterable[Sequence[tuple[float, float]]]) -> float | None:
 
 
 def side(difference: Difference | None) -> int:
-    """1 if the 95 % interval lies above 0, -1 if below, 0 if it holds 0 or there is none."""
-    if difference is None or difference.half is None:
+    """1 if the 95 % interval lies above 0, -1 if below, 0 if it holds 0, or if too few have a say."""
+    if difference is None or difference.half is None or not difference.enough:
         return 0
     return (difference.mean - difference.half > 0) - (difference.mean + difference.half < 0)
 

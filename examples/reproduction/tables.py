@@ -134,8 +134,8 @@ def paired_table(results: Results, phase: str) -> str:
         return ABSENT
     pairs = list(dict.fromkeys(pair for pair, _ in cells))
     labels = list(dict.fromkeys(label for _, label in cells))
-    adjusted = dict(zip(cells, stats.holm([_p(found) for found in cells.values()]), strict=True))
-    tested = [found.p for found in cells.values() if found is not None and found.p is not None]
+    adjusted = dict(zip(cells, stats.holm([judged(found) for found in cells.values()]), strict=True))
+    tested = [p for p in map(judged, cells.values()) if p is not None]
     certain = [key for key, p in adjusted.items() if p is not None and p < CERTAIN]
     seeds = len({record["seed"] for record in stats.select(results, "main", phase)})
 
@@ -144,13 +144,15 @@ def paired_table(results: Results, phase: str) -> str:
         shown = gap(found, of=seeds)
         if found is None or found.p is None:
             return shown
+        if not found.enough:
+            return f"{shown}<br>too few"
         shown = f"**{shown}**" if found.p < CERTAIN else shown
         return f"{shown}{' †' if key in certain else ''}<br>{chance(found.p)}"
 
     rows = [[f"{one} − {other}", *(cell(((one, other), label)) for label in labels)] for one, other in pairs]
     small = sum(p < CERTAIN for p in tested)
     told = (
-        f"{phase}, n {seeds} where no other n is given. {len(tested)} comparisons: p is below .05 in {small} (bold), where "
+        f"{phase}, n {seeds} where no other n is given. {len(tested)} comparisons of enough pairs: p is below .05 in {small} (bold), where "
         f"{CERTAIN * len(tested):.1f} are expected by chance if nothing differs, and in {len(certain)} (†) also after Holm's "
         "adjustment for all of this table."
     )
@@ -223,5 +225,6 @@ def _count(records: list[Record], holds: Any) -> str:
     return f"{sum(map(holds, records))} of {len(records)}"
 
 
-def _p(found: Difference | None) -> float | None:
-    return None if found is None else found.p
+def judged(found: Difference | None) -> float | None:
+    """Its p, of enough pairs."""
+    return found.p if found is not None and found.enough else None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import _harness, targets, wrap
+from benchmarks import _harness, oneshot, targets, wrap
 
 
 def test_every_benchmark_runs_and_every_target_finds_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,6 +26,12 @@ def test_every_benchmark_runs_and_every_target_finds_its_rows(tmp_path: Path, ca
         assert targets.rows(target, record), target
     targets.main([str(figures), str(figures)])
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(targets.TARGETS)
+
+
+def test_the_oneshot_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    oneshot.main(["--quick"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 2 * len(oneshot.SCOPES) + 1
 
 
 def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> None:

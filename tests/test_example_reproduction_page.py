@@ -6,7 +6,7 @@ import re
 import pytest
 import reproduction_records as made_up
 
-from examples.reproduction import figures, page, saved, stages
+from examples.reproduction import failing, figures, page, saved, stages
 from examples.reproduction import statistics as stats
 from examples.reproduction.answers import sections as answered
 from examples.reproduction.cells import chance, gap, level
@@ -76,8 +76,8 @@ def test_failed_runs_are_counted_and_left_out():
     both = stats.compare(results, "main", "p", "a", "b", stats.accuracy, failed=True)
     assert both.mean == pytest.approx((10 - 56) / 2)
     assert both.n == 2
-    assert stages.count_failed(results, results["runs"]) == 1
-    assert stages.count_collapsed(results, results["runs"]) == 0
+    assert failing.count_failed(results, results["runs"]) == 1
+    assert failing.count_collapsed(results, results["runs"]) == 0
 
 
 def test_collapsed_is_nearly_all_images_on_one_path():

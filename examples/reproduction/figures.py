@@ -21,22 +21,14 @@ from examples.shared.figures import plain, save
 from examples.shared.runs import interval
 
 from . import statistics as stats
-from .stages import sweep_arms, sweep_rule, swept
+from .curves import plasticity
+from .palette import COLORS, ROUTERS
 from .statistics import Difference, Record, Results
+from .sweep import sweep_arms, sweep_rule, swept
 from .tables import routers_of
 
 PAPER = ("baseline", "clustering", "spectral")
 PATHS = {"photos-2x2-small": "figure 2", "photos-2x2": "figure 3", "photos-4x4": "figure 4"}  # of the paper
-COLORS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2")  # Okabe and Ito
-ROUTERS = {
-    "baseline": "#D55E00",
-    "clustering": "#56B4E9",
-    "spectral": "#009E73",
-    "baseline+balance": "#E69F00",
-    "baseline+spectral": "#CC79A7",
-    "clustering-balance": "#0072B2",
-}
-MARKERS = "os^Dv*"
 WIDEST = 4.0  # an interval of the sweep that is wider than so many times the usual one does not set the axis
 
 
@@ -78,38 +70,8 @@ def paths(results: Results, phase: str) -> Figure:
 
 def gradients(results: Results, phase: str) -> Figure:
     figure = single.gradients(_view(results, phase, _seeds(results, phase)[:1]))
-    figure.suptitle(f"{phase}: gradient norm per expert at a one-shot update")
-    return figure
-
-
-def plasticity(results: Results, phase: str) -> Figure:
-    """A point a rate: what the updates teach and what they cost."""
-    rules = stats.rules_of(results, stats.select(results, "main", phase))
-    columns, rows = min(len(rules), 2), -(-len(rules) // 2)
-    figure, grid = plt.subplots(rows, columns, figsize=(5 * columns, 0.8 + 3 * rows), layout="constrained", squeeze=False)
-    for axes, rule in zip(grid.flat, rules, strict=False):
-        for router, marker in zip(routers_of(results, phase), MARKERS, strict=False):
-            records = stats.trained(results, stats.select(results, "main", phase, router))
-            points = []
-            for rate in sorted(rule["rates"]):
-                learned, delta = (
-                    list(stats.known(records, stats.point(rule, rate, name)).values()) for name in ("learned", "mean_delta")
-                )
-                if learned and delta:
-                    summary = interval(list(delta))
-                    points.append((100 * float(np.mean(learned)), summary["mean"], summary["ci95"] or 0.0))
-            if points:
-                x, y, half = np.array(points).T
-                axes.errorbar(x, y, half, fmt=f"-{marker}", color=ROUTERS[router], markersize=4, capsize=2, label=router)
-        axes.axvline(100 * rule["plasticity"], color="gray", linestyle=":", linewidth=1)
-        axes.axhline(0, color="gray", linewidth=0.8)
-        axes.set_title(rule["name"], fontsize=10)
-        axes.set_xlabel("novel loss taken away, %", fontsize=9)
-        axes.set_ylabel("mean delta, points", fontsize=9)
-    for axes in grid.flat[len(rules) :]:
-        axes.set_axis_off()
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
-    figure.suptitle(f"{phase}: what updates cost and teach (bars: 95 % interval; dotted: compared here)")
+    updates = results["protocol"]["settings"]["novel"] * len(results["data"][phase]["classes"])
+    figure.suptitle(f"{phase}: gradient norm per expert, mean over {updates} one-shot updates")
     return figure
 
 
@@ -148,7 +110,9 @@ def sweep(results: Results) -> Figure:
     grid[0].set_yticks(range(len(names)), list(reversed(names)), fontsize=8)
     grid[0].set_ylim(-0.7, len(names) - 0.3)
     center = results["protocol"]["sweep"]["center"]
-    figure.suptitle(f"Difference from {center} as it is; right is higher (95 % intervals; coloured: without 0)")
+    figure.suptitle(
+        f"Difference from {center} as it is; right is higher (95 % intervals; coloured: without 0; arrows: beyond the axis)"
+    )
     return figure
 
 
@@ -248,3 +212,6 @@ def _difference(axes: Axes, place: int, found: Difference | None, reach: float) 
         axes.text(0.92 * sign * reach, place, told, ha="right" if sign > 0 else "left", va="center", fontsize=7)
         return
     axes.errorbar(found.mean, place, xerr=found.half or 0, fmt="o", color=color, markersize=4, capsize=2)
+    for sign, marker in ((-1, "<"), (1, ">")):  # an interval that goes on beyond the axis
+        if sign * found.mean + (found.half or 0.0) > reach:
+            axes.plot(0.985 * sign * reach, place, marker, color=color, markersize=5)

@@ -6,19 +6,19 @@ from pathlib import Path
 
 from examples.shared.storage import write_atomically
 
-from . import answers, figures, stages, tables
+from . import answers, failing, figures, headlines, parts, posthoc, printed, routing, stages, sweep, tables
 from . import statistics as stats
-from .cells import table
+from .cells import words
 from .protocol import STAGES
 from .statistics import Results
 
 NAME = "reproduction_tables.md"
 CAPTIONS = {  # of a section of pictures, by how their names begin
     "paths": "Share of the test images, by class, that take each path",
-    "gradients": "Gradient norm per expert and layer at a one-shot update",
-    "plasticity": "Mean delta against the share of the novel loss that is taken away",
+    "gradients": "Gradient norm per expert and layer, mean over the one-shot updates",
+    "plasticity": "The share of the novel loss that is taken away and the mean delta, by rate",
     "accuracy": "Test accuracy of each seed",
-    "sweep": "Differences of accuracy and interference from the spectral router as it is",
+    "sweep": "Differences of accuracy and delta from the spectral router as it is",
     "failure": "Accuracy of each seed, by condition and router",
 }
 
@@ -34,8 +34,15 @@ def text(results: Results) -> str:
     """The sections, as pymdownx.snippets reads them."""
     sections = (
         {"protocol": protocol(results)}
+        | headlines.sections(results)
         | answers.sections(results)
+        | printed.sections(results)
         | tables.sections(results)
+        | parts.sections(results)
+        | routing.sections(results)
+        | posthoc.sections(results)
+        | failing.sections(results)
+        | sweep.sections(results)
         | stages.sections(results)
         | pictures(results)
     )
@@ -67,7 +74,7 @@ def protocol(results: Results) -> str:
     head = ["stage", "phase", "images a class", "seeds", "networks", "failed", "routers"]
     devices = ", ".join(results["devices"])
     told = f"{len(results['runs'])} networks, {hours:.1f} hours of training in sum, on {devices}; {made_with}."
-    return table(head, rows).replace("---:", "---") + f"\n{told}\n"
+    return words(head, rows) + f"\n{told}\n"
 
 
 def pictures(results: Results) -> dict[str, str]:

@@ -71,6 +71,11 @@ def largest_of(results: Results, phase: str) -> Found:
     }
 
 
+def family(results: Results, phase: str) -> dict[tuple[str, ...], Difference | None]:
+    """The comparisons of one table, by plain names."""
+    return {(phase, *pair, name, what): one for (pair, name, what), one in largest_of(results, phase).items()}
+
+
 def harmful(results: Results, phase: str) -> Rule | None:
     """The rule whose largest rate costs some router the most."""
 
@@ -99,11 +104,16 @@ def readings(results: Results) -> str:
             reached = stats.known(records_of(records), stats.equal(rule))
             below = sum(first.get(key, 0.0) >= rule["plasticity"] for key in reached)
             share, total = f"{rule['plasticity']:.0%}", len(records)
-            rows.append([phase, rule["name"], share, f"{below} of {total}", f"{len(reached) - below}", f"{total - len(reached)}"])
+            rows.append(
+                [phase, rule["name"], share, f"{below} of {total}", f"{len(reached) - below}", f"{total - len(reached)}"]
+            )
     if not rows:
         return ABSENT
     head = ["phase", "rule", "read where this is learned", "below the first rate", "between rates", "no rate reaches it"]
-    return table(head, rows) + "\nNetworks of the main stage that trained. Below the first rate the line begins at no update, with delta 0.\n"
+    return (
+        table(head, rows)
+        + "\nNetworks of the main stage that trained. Below the first rate the line begins at no update, with delta 0.\n"
+    )
 
 
 def records_of(records: list[Record]) -> list[Record]:
@@ -120,14 +130,18 @@ def more(results: Results) -> str:
     present = routers_of(results, phase)
     pairs = [pair for pair in PAIRS if set(pair) <= set(present)]
     found = {
-        (pair, rule["name"]): stats.compare(results, "main", phase, *pair, stats.equal(rule)) for pair in pairs for rule in chosen
+        (pair, rule["name"]): stats.compare(results, "main", phase, *pair, stats.equal(rule))
+        for pair in pairs
+        for rule in chosen
     }
     adjusted = dict(zip(found, stats.holm([judged(one) for one in found.values()]), strict=True))
-    rows = [
-        [" − ".join(pair), *(_marked(found[pair, rule["name"]], adjusted[pair, rule["name"]]) for rule in chosen)] for pair in pairs
-    ]
-    told = f"{phase}. Not in the protocol: delta where {MORE:.0%} of the novel images' loss is taken away; † after Holm's adjustment."
-    return table(["", *(rule["name"] for rule in chosen)], rows) + f"\n{told}\n"
+    names = [rule["name"] for rule in chosen]
+    rows = [[" − ".join(pair), *(_marked(found[pair, name], adjusted[pair, name]) for name in names)] for pair in pairs]
+    told = (
+        f"{phase}. Not in the protocol: delta where {MORE:.0%} of the novel images' loss is taken away. Bold: p below .05; †: "
+        "also after Holm's adjustment for this table."
+    )
+    return table(["", *names], rows) + f"\n{told}\n"
 
 
 def late(results: Results) -> str:
@@ -154,8 +168,8 @@ def late(results: Results) -> str:
     told = [f"{one} − {other} {_numbers(late_difference(results, phase, one, other))}" for one, other in LATE]
     return (
         table(head, rows)
-        + f"\n{phase}, validation images, points of accuracy, constant rate. Mean of the last {LAST} epochs, paired by seed (not in "
-        f"the protocol): {'; '.join(told)}.\n"
+        + f"\n{phase}, validation images, points of accuracy. Mean of the last {LAST} epochs, paired by seed (not in the "
+        f"protocol): {'; '.join(told)}.\n"
     )
 
 

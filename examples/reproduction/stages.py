@@ -1,13 +1,14 @@
-"""The tables of the other stages: what decides whether a run fails, the sweep, the search for a better setting and its test."""
+"""The search for a better setting, and its test."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from . import protocol
 from . import statistics as stats
 from .cells import chance, gap, level, table
-from .statistics import Difference, Quantity, Record, Results
+from .failing import count_failed
+from .statistics import Difference, Quantity, Results
+from .sweep import sweep_rule
 from .tables import ABSENT
 
 
@@ -22,73 +23,9 @@ class Confirmed(NamedTuple):
 
 def sections(results: Results) -> dict[str, str]:
     return {
-        "failure": failure(results),
-        "sweep": sweep(results),
         "second": second(results),
         "confirm": confirm(results),
     }
-
-
-def failure(results: Results) -> str:
-    records = stats.select(results, "failure")
-    if not records:
-        return ABSENT
-    of_stage = results["protocol"]["failure"]
-    names = list(of_stage["arms"])
-    rows = []
-    for condition in of_stage["conditions"]:
-        row = [condition]
-        for name in names:
-            runs = [record for record in records if record["arm"] == f"{name}, {condition}"]
-            lost, alone = count_failed(results, runs), count_collapsed(results, runs)
-            accuracies = stats.known(stats.trained(results, runs), stats.accuracy).values()
-            row.append(f"{lost} / {alone} of {len(runs)}<br>{level(accuracies, '.1f')}")
-        rows.append(row)
-    lost, alone = count_failed(results, records), count_collapsed(results, records)
-    kept = count_collapsed(results, stats.trained(results, records))
-    failures = {record["arm"] for record in records if stats.has_failed(results, record)}
-    spared = [name for name in names if not failures & {f"{name}, {condition}" for condition in of_stage["conditions"]}]
-    told = (
-        f"Failed / on one path, of how many, and the accuracy of those that trained, in %. Of the {len(records)} networks "
-        f"{lost} failed; {alone} ended on one path, of which {kept} trained all the same. "
-        + (f"No failure under any condition: {', '.join(spared)}." if spared else "No router is without failures.")
-    )
-    return table(["", *names], rows) + f"\n{told}\n"
-
-
-def sweep(results: Results) -> str:
-    records = stats.select(results, "sweep")
-    if not records:
-        return ABSENT
-    center = results["protocol"]["sweep"]["center"]
-    rule = sweep_rule(results)
-    rows = []
-    for name in sweep_arms(results):
-        runs = stats.select(results, "sweep", arm=name)
-        kept = stats.trained(results, runs)
-        harm = stats.known(kept, stats.equal(rule)).values()
-        accuracies = stats.known(runs, stats.accuracy).values()
-        differences = [swept(results, name, quantity) for quantity in ("accuracy", "delta")]
-        rows.append(
-            [
-                f"**{name}**" if name == center else name,
-                level(accuracies, ".2f"),
-                f"{min(accuracies):.1f}",
-                "" if name == center else gap(differences[0], of=len(runs)),
-                level(harm, "+.2f", len(kept)),
-                "" if name == center else gap(differences[1], of=len(runs)),
-                *(level(stats.known(runs, stats.spectrum(part)).values(), ".2f") for part in ("stable_rank", "spectral_norm")),
-                level(stats.known(runs, stats.measured("entropy")).values(), ".2f"),
-                f"{count_failed(results, runs)} of {len(runs)}",
-            ]
-        )
-    head = ["", "accuracy, %", "worst seed", f"− {center}", "delta at equal plasticity", f"− {center}"]
-    told = (
-        f"Validation images; differences are paired by seed. Delta: {rule['name']}, where {rule['plasticity']:.0%} of the "
-        "novel images' loss is taken away, of the seeds that trained; in brackets how many of those reach that. Stable rank, "
-        "spectral norm and entropy (over log K): mean over layers."
-    )
-    return table([*head, "stable rank", "spectral norm", "entropy", "failed"], rows) + f"\n{told}\n"
 
 
 def second(results: Results) -> str:
@@ -200,32 +137,6 @@ def candidates(results: Results) -> list[str]:
     center = results["protocol"]["sweep"]["center"]
     names = stats.arms(stats.select(results, "second"))
     return sorted(names, key=lambda name: (name != center, -_mean_accuracy(results, name)))
-
-
-def sweep_arms(results: Results) -> list[str]:
-    present = stats.arms(stats.select(results, "sweep"))
-    return [name for name in protocol.sweep_arms(results["protocol"]) if name in present]
-
-
-def sweep_rule(results: Results) -> stats.Rule:
-    wanted = results["protocol"]["sweep"]["rules"][0]
-    rule: stats.Rule = next(rule for rule in results["protocol"]["oneshot"]["rules"] if rule["name"] == wanted)
-    return rule
-
-
-def swept(results: Results, name: str, quantity: str) -> Difference | None:
-    """An arm of the sweep minus its center: "accuracy" over all seeds, or "delta" at equal plasticity."""
-    center = results["protocol"]["sweep"]["center"]
-    read: Quantity = stats.accuracy if quantity == "accuracy" else stats.equal(sweep_rule(results))
-    return stats.compare(results, "sweep", None, name, center, read, failed=quantity == "accuracy")
-
-
-def count_failed(results: Results, records: list[Record]) -> int:
-    return sum(stats.has_failed(results, record) for record in records)
-
-
-def count_collapsed(results: Results, records: list[Record]) -> int:
-    return sum(stats.is_collapsed(results, record) for record in records)
 
 
 def _tested(results: Results) -> list[tuple[str, Quantity]]:

@@ -152,9 +152,9 @@ def paired_table(results: Results, phase: str) -> str:
     rows = [[f"{one} − {other}", *(cell(((one, other), label)) for label in labels)] for one, other in pairs]
     small = sum(p < CERTAIN for p in tested)
     told = (
-        f"{phase}, n {seeds} where no other n is given. {len(tested)} comparisons of enough pairs: p is below .05 in {small} (bold), where "
-        f"{CERTAIN * len(tested):.1f} are expected by chance if nothing differs, and in {len(certain)} (†) also after Holm's "
-        "adjustment for all of this table."
+        f"{phase}, n {seeds} where no other n is given. {len(tested)} comparisons of enough pairs: p is below .05 in "
+        f"{small} (bold), where {CERTAIN * len(tested):.1f} are expected by chance if nothing differs, and in {len(certain)} "
+        "(†) also after Holm's adjustment for all of this table."
     )
     return table(["", *labels], rows) + f"\n{told}\n"
 

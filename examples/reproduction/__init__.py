@@ -4,6 +4,8 @@
     python -m examples.reproduction page                    # tables and pictures of docs/reproduction.md
 
 `examples/image_classification/study.toml` is the protocol. `protocol` makes runs of it, `run` does them, `choice` picks the
-setting that is put to the test, `saved` keeps the results in one small file. `statistics` computes from them; `tables`,
-`stages`, `answers` and `figures` are the parts of the page, with numbers written by `cells`, and `page` puts them together.
+setting that is put to the test, `saved` keeps the results in one small file. `statistics` computes from them. What the page
+shows, each from the saved results alone: `headlines`, `answers`, `tables`, `printed` (the paper's differences), `parts`,
+`routing`, `failing`, `sweep`, `stages` (choice and test), `posthoc`, `figures` and `curves`; `cells` writes numbers, `page` puts
+all together.
 """

@@ -6,6 +6,6 @@
 `examples/image_classification/study.toml` is the protocol. `protocol` makes runs of it, `run` does them, `choice` picks the
 setting that is put to the test, `saved` keeps the results in one small file. `statistics` computes from them. What the page
 shows, each from the saved results alone: `headlines`, `answers`, `tables`, `printed` (the paper's differences), `parts`,
-`routing`, `failing`, `sweep`, `stages` (choice and test), `posthoc`, `figures` and `curves`; `cells` writes numbers, `page` puts
-all together.
+`routing`, `failing`, `sweep`, `stages` (choice and test), `posthoc`, `figures` and `curves`; `cells` writes numbers, `page`
+puts all together.
 """

@@ -25,6 +25,8 @@ OTHER = {
     "routers": ("clustering-balance baseline+spectral", ["clustering-balance", "baseline+spectral"]),
     "temperature": ("0.5", 0.5),
     "metric": ("dot", "dot"),
+    "prototypes": ("data", "data"),
+    "residual": ("", True),
     "penalty": ("mhe", "mhe"),
     "balance": ("kl", "kl"),
     "alpha": ("0.25", 0.25),

@@ -69,6 +69,7 @@ RULES = [
     ("--oneshot-optimizer rmsprop", "--oneshot-optimizer must be one of adam, sgd, got rmsprop$"),
     ("--augment crop", "--augment must be one of none, shift, flip, got crop$"),
     ("--stem-norm layer", "--stem-norm must be one of batch, none, got layer$"),
+    ("--prototypes near", "--prototypes must be one of random, data, got near$"),
     ("--metric manhattan", "--metric must be one of euclidean, sqeuclidean, cosine, dot, got manhattan$"),
     ("--routers baseline magic", "--routers must be any of baseline, clustering, spectral, .*, got magic$"),
     ("--routers spectral spectral", "--routers must be each named once, got spectral spectral$"),

@@ -52,8 +52,8 @@ class ImportanceConstraint(nn.Module):
     save matmuls and attention, but no operation that the controller runs too (scatter, sum, where and the like), which the
     recomputation leaves out. A graph exported in training mode holds the operation `spectral_router::first_forward`.
 
-    NOTE[DIFF]: In the paper's code the state is lost with the process and each process has its own; here it is saved, and
-    counted over all ranks. The least used expert is open even where rounding would close all. `momentum` is not in the paper.
+    NOTE[DIFF]: In the paper's code each process has a state of its own, which is lost with it; here it is saved, and counted
+    over all ranks. `momentum` is not in the paper.
 
     Attributes:
         importance: buffer `(num_experts,)`: r or a. It stays in float32 or better.

@@ -25,8 +25,6 @@ class HypersphericalEnergyPenalty(nn.Module):
 
         Σ_l E_s(W_l),    with a projection   Σ_l mean_P E_s(W_l Pᵀ),  P (p, d)
 
-    The paper finds the plain energy hard to minimise in many dimensions; the compressive one is that of rows projected to few.
-
     - "random": P is iid normal, new at every training call.
     - "angle_preserving": P starts random and takes a gradient step on ‖cos(W Pᵀ) − cos(W)‖² at every training call.
     - "adversarial": from a random P, gradient steps uphill on the energy itself: a more crowded view.

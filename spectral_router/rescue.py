@@ -41,8 +41,7 @@ def rescue_collapsed_(
     The other rows keep every bit.
 
     Call it now and then, between steps: it waits for the device and computes on the CPU in float64. Equal arguments give equal
-    results, and the global random state is neither read nor changed: the ranks of a data-parallel job that pass equal `share`
-    and `x` (summed or gathered over ranks) stay equal without communication.
+    results, on every rank; the global random state is neither read nor changed.
 
     **Shape**
         - weight: `(K, d)`, floating point, a row an expert; `share`: `(K)`; `x`: `(*, d)` with at least K vectors.

@@ -46,7 +46,7 @@ def test_code_in_the_documentation_runs(name: str, tmp_path: Path, monkeypatch: 
 def test_readme_is_short_and_has_the_two_commands() -> None:
     readme = TEXTS["README.md"]
     assert readme.count("\n") < 120
-    assert 'pip install -e ".[examples]" && python -m examples.image_classification' in readme
+    assert 'pip install -e ".[examples]" && OMP_NUM_THREADS=1 python -m examples.image_classification' in readme
     assert 'pip install -e ".[test]" && python -m pytest' in readme
 
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from oneshot_network import trained
 from torch import Tensor, nn
 
 from examples.image_classification import oneshot, train
 from examples.image_classification.config import ROUTERS, Config
 from examples.image_classification.data import ImageSet, Split, as_float
 
-CPU = torch.device("cpu")
 CONFIG = Config(
     layers=2, experts=3, dim=8, hidden=6, novel=2, anchor=5, batch_size=8, epochs=2, oneshot_lr=0.01, alpha=0.3, beta=0.7
 )
@@ -30,16 +30,6 @@ def data() -> ImageSet:
 def split() -> Split:
     order = torch.arange(48)
     return Split(order[:24], order[24:30], order[30:42], order[42:].view(2, 3).T)
-
-
-def trained(config: Config, router: str, data: ImageSet, split: Split) -> train.Trained:
-    """A network after two epochs: batch norm has statistics that an update could disturb, and Adam has left gradients."""
-    model, objective = train.build(config, router, 0, data, CPU)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for epoch in range(config.epochs):
-        train._train_epoch(config, train.forward, model, objective, optimizer, data, split.train, epoch)
-    model.eval()
-    return train.Trained(model, objective, [])
 
 
 def batch(data: ImageSet) -> tuple[Tensor, Tensor]:

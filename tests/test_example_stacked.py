@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from oneshot_network import trained
 
 from examples.image_classification import oneshot, stacked, train
 from examples.image_classification.config import Config
@@ -11,7 +12,6 @@ from examples.image_classification.data import ImageSet, Split
 from examples.image_classification.stacked import Rule, adapt_stacked
 from examples.shared.command import ExperimentError
 
-CPU = torch.device("cpu")
 CONFIG = Config(layers=2, experts=3, dim=8, hidden=6, novel=2, anchor=5, batch_size=8, epochs=2, alpha=0.3, beta=0.7)
 # rates at which updates flip some of the images held out
 RULES = [Rule(scope, *step) for scope in ("all", "experts", "path") for step in (("adam", 0.05), ("sgd", 5.0))]
@@ -28,14 +28,6 @@ def data() -> ImageSet:
 def split() -> Split:
     order = torch.arange(96)
     return Split(order[:24], order[24:60], order[60:90], order[90:].view(2, 3).T)
-
-
-def trained(config: Config, router: str, data: ImageSet, split: Split) -> train.Trained:
-    model, objective = train.build(config, router, 0, data, CPU)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for epoch in range(config.epochs):
-        train._train_epoch(config, train.forward, model, objective, optimizer, data, split.train, epoch)
-    return train.Trained(model, objective, [])
 
 
 def plain(config: Config, done: train.Trained, data: ImageSet, split: Split, rule: Rule, seed: int = 0) -> list:

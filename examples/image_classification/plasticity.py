@@ -14,7 +14,7 @@ def interference(curve: Sequence[dict[str, Any]], plasticity: float) -> float | 
     """
     learned, delta = 0.0, 0.0
     for point in curve:
-        if point["loss_before"] is None or point["loss_after"] is None:
+        if not point["loss_before"] or point["loss_after"] is None:
             continue
         here = 1 - point["loss_after"] / point["loss_before"]
         if here >= plasticity:

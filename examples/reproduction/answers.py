@@ -84,17 +84,18 @@ def _printed(results: Results) -> Row:
 
 
 def _harm(results: Results, phase: str) -> Row:
+    rule = posthoc.harmful(results, phase)
+    if rule is None:
+        return ["no runs", ""]
     rows, verdicts = [], []
     for place in posthoc.phases(results):
-        rule = posthoc.harmful(results, phase)
         found = posthoc.largest_of(results, place)
         for pair in routing.PAIRS:
-            one = found.get((pair, rule["name"] if rule else "", "delta"))
+            one = found.get((pair, rule["name"], "delta"))
             rows.append(f"{place}, {' − '.join(pair)}: {said(one, 'higher', 'lower')}")
             if place == phase and pair[1] == "baseline":
                 verdicts.append(f"{pair[0]} keeps more than baseline: {verdict(one)}")
-    rule = posthoc.harmful(results, phase)
-    if not rows or rule is None:
+    if not rows:
         return ["no runs", ""]
     learned = posthoc.largest_of(results, phase).get((("spectral", "baseline"), rule["name"], "learned"))
     rows.append(f"Novel loss taken away there, in %, {phase}, spectral − baseline: {said(learned, 'higher', 'lower')}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from examples.image_classification.plasticity import interference
 
-from .protocol import Protocol, Settings, label, sweep_arms
+from .protocol import Protocol, Settings, label, rule_of, sweep_arms
 
 Record = dict[str, Any]
 TOGETHER = 3  # so many of the best single changes are candidates of their own
@@ -16,17 +16,14 @@ TOGETHER = 3  # so many of the best single changes are candidates of their own
 def candidates(protocol: Protocol, swept: list[Record]) -> dict[str, Settings]:
     """The arms of the second stage, by name: the center, the best single changes, and the best levels together."""
     center = protocol["sweep"]["center"]
-    accuracies = {name: fmean(record["accuracy"] for record in swept if record["arm"] == name) for name in _names(swept)}
-    harm = {name: cost(protocol, [record for record in swept if record["arm"] == name]) for name in _names(swept)}
     better: dict[str, tuple[float, Settings]] = {}  # by factor: the best level that passes
     for factor, levels in protocol["sweep"]["factors"].items():
         for level in levels:
             changes = level if isinstance(level, dict) else {factor: level}
             name = label(changes)
-            if accuracies[name] <= accuracies[center] or not _no_worse(harm[name], harm[center]):
-                continue
-            if factor not in better or accuracies[name] > better[factor][0]:
-                better[factor] = accuracies[name], changes
+            accuracy = _accuracy(_of(swept, name))
+            if all(passes(protocol, swept, name)) and (factor not in better or accuracy > better[factor][0]):
+                better[factor] = accuracy, changes
     singles = sorted(better.values(), key=lambda item: -item[0])
     arms = {center: sweep_arms(protocol)[center]}
     for _, changes in singles[:TOGETHER]:
@@ -38,14 +35,21 @@ def candidates(protocol: Protocol, swept: list[Record]) -> dict[str, Settings]:
     return arms
 
 
+def passes(protocol: Protocol, swept: list[Record], name: str) -> tuple[bool, bool]:
+    """Whether a level of the sweep is more accurate than the center, and its interference not above the center's."""
+    level, center = _of(swept, name), _of(swept, protocol["sweep"]["center"])
+    delta, reference = cost(protocol, level), cost(protocol, center)
+    return _accuracy(level) > _accuracy(center), reference is None or (delta is not None and delta >= reference)
+
+
 def winner(tried: list[Record]) -> str:
     """The candidate with the highest mean validation accuracy; of equals the first."""
-    return max(_names(tried), key=lambda name: fmean(record["accuracy"] for record in tried if record["arm"] == name))
+    return max(_names(tried), key=lambda name: _accuracy(_of(tried, name)))
 
 
 def cost(protocol: Protocol, records: list[Record]) -> float | None:
     """Mean delta at equal plasticity by the sweep's first rule, over the seeds that trained; None if one does not reach it."""
-    rule = next(rule for rule in protocol["oneshot"]["rules"] if rule["name"] == protocol["sweep"]["rules"][0])
+    rule = rule_of(protocol, protocol["sweep"]["rules"][0])
     trained = [record for record in records if record["accuracy"] >= protocol["failed"]["accuracy_below"]]
     deltas = [interference(curve(record, rule), rule["plasticity"]) for record in trained]
     known = [delta for delta in deltas if delta is not None]
@@ -67,5 +71,9 @@ def _names(records: list[Record]) -> list[str]:
     return list(dict.fromkeys(record["arm"] for record in records))
 
 
-def _no_worse(delta: float | None, reference: float | None) -> bool:
-    return reference is None or (delta is not None and delta >= reference)
+def _of(records: list[Record], name: str) -> list[Record]:
+    return [record for record in records if record["arm"] == name]
+
+
+def _accuracy(records: list[Record]) -> float:
+    return fmean(record["accuracy"] for record in records)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from . import statistics as stats
 from .cells import NOTHING, expected, numbers, said, verdict, words
-from .protocol import label
+from .protocol import label, rule_of
 from .statistics import CERTAIN, Difference, Quantity, Results
 from .sweep import sweep_arms, sweep_rule, swept
 from .tables import ABSENT, judged
@@ -122,7 +122,7 @@ def difference(results: Results, phase: str, one: str, other: str, what: str) ->
     """Of accuracy, over all seeds, or of delta at equal plasticity by the rule of that name."""
     quantity: Quantity = stats.accuracy
     if what != "accuracy":
-        quantity = stats.equal(next(rule for rule in results["protocol"]["oneshot"]["rules"] if rule["name"] == what))
+        quantity = stats.equal(rule_of(results["protocol"], what))
     return stats.compare(results, "main", phase, one, other, quantity, failed=what == "accuracy")
 
 

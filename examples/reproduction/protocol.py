@@ -64,6 +64,11 @@ def runs(protocol: Protocol, stage: str, places: dict[str, str], arms: dict[str,
     return made
 
 
+def rule_of(protocol: Protocol, name: str) -> dict[str, Any]:
+    """The update rule of that name."""
+    return next(dict(rule) for rule in protocol["oneshot"]["rules"] if rule["name"] == name)
+
+
 def phases(protocol: Protocol) -> dict[str, Settings]:
     return dict(protocol["main"]["phases"])
 

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from examples.image_classification import oneshot, routing
 from examples.image_classification.config import Config
-from examples.image_classification.data import ImageSet, digest, split
+from examples.image_classification.data import ImageSet, Split, digest, split
 from examples.image_classification.stacked import adapt_stacked
 from examples.image_classification.study import move, read
 from examples.image_classification.train import Trained, accuracy, predict, spectra, train
@@ -168,14 +168,13 @@ def _do(one: Run, images: Images, out: Path, progress: Progress) -> None:
     started = time.perf_counter()
     trained = train(one.config, one.config.routers[0], one.seed, data, chosen, checkpoint, lambda row: progress.advance(task))
     progress.remove_task(task)
-    write_json(_file(out, one), record(one, trained, data, fingerprint, time.perf_counter() - started))
+    write_json(_file(out, one), record(one, trained, data, chosen, fingerprint, time.perf_counter() - started))
     checkpoint.unlink(missing_ok=True)
     console.print(f"done: {one.name}", markup=False, highlight=False)
 
 
-def record(one: Run, trained: Trained, data: ImageSet, fingerprint: str, seconds: float) -> Record:
+def record(one: Run, trained: Trained, data: ImageSet, chosen: Split, fingerprint: str, seconds: float) -> Record:
     """What is kept of a trained network and of its one-shot updates."""
-    chosen = split(data.labels.cpu(), data.classes, one.config, one.seed)
     members = getattr(chosen, one.within).to(data.images.device)
     logits, weights = predict(trained.model, data.images[members])
     measured = routing.measure(weights, data.labels[members], data.classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from . import choice
 from . import statistics as stats
 from .cells import chance, gap, level, table
 from .failing import count_failed
@@ -117,8 +118,8 @@ def chosen(results: Results) -> str | None:
         return tested[0]
     if missing(results, "second"):
         return None
-    tried = candidates(results)
-    return max(tried, key=lambda name: _mean_accuracy(results, name), default=None)
+    tried = stats.select(results, "second")
+    return choice.winner(tried) if tried else None
 
 
 def missing(results: Results, stage: str) -> str | None:

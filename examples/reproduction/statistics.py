@@ -100,13 +100,8 @@ def point(rule: Rule, rate: float, name: str) -> Quantity:
 
 
 def equal(rule: Rule) -> Quantity:
-    """Delta at equal plasticity; None where no rate reaches it. An update that ended in NaN has taught nothing."""
-
-    def read(record: Record) -> float | None:
-        curve = [at for at in choice.curve(record, rule) if at["loss_before"] and at["loss_after"] is not None]
-        return interference(curve, rule["plasticity"])
-
-    return read
+    """Delta at equal plasticity; None where no rate reaches it."""
+    return lambda record: interference(choice.curve(record, rule), rule["plasticity"])
 
 
 def rules_of(results: Results, records: Sequence[Record]) -> list[Rule]:

@@ -85,13 +85,9 @@ def _accuracy_gain(results: Results, name: str) -> float:
 def _passes(results: Results, name: str) -> str:
     """The two conditions of the choice of candidates; nothing for the center and the unchanged routers."""
     sweep = results["protocol"]["sweep"]
-    center = sweep["center"]
     if name in sweep["routers"]:
         return ""
-    runs, reference = (stats.select(results, "sweep", arm=arm) for arm in (name, center))
-    found, least = (choice.cost(results["protocol"], records) for records in (runs, reference))
-    accurate = fmean(record["accuracy"] for record in runs) > fmean(record["accuracy"] for record in reference)
-    harmless = least is None or (found is not None and found >= least)
+    accurate, harmless = choice.passes(results["protocol"], stats.select(results, "sweep"), name)
     return f"accuracy {'yes' if accurate else 'no'}, delta {'yes' if harmless else 'no'}"
 
 
@@ -101,9 +97,7 @@ def sweep_arms(results: Results) -> list[str]:
 
 
 def sweep_rule(results: Results) -> stats.Rule:
-    wanted = results["protocol"]["sweep"]["rules"][0]
-    rule: stats.Rule = next(rule for rule in results["protocol"]["oneshot"]["rules"] if rule["name"] == wanted)
-    return rule
+    return protocol.rule_of(results["protocol"], results["protocol"]["sweep"]["rules"][0])
 
 
 def swept(results: Results, name: str, quantity: str) -> Difference | None:

@@ -1,18 +1,30 @@
-"""Healthy mixture-of-experts routers: distance-based gates, spectral penalties, load balancing."""
+"""Healthy mixture-of-experts routers: distance-based gates, spectral penalties, load balancing.
+
+Rooms, each with a paragraph at its door: `penalties` read weights, `balance` reads probabilities, `routing` chooses, `gates`
+finds the gates of other people's models, `wrap` puts it all on them by hooks, `integrations` speaks to trainers. Public is
+what is named here and in `functional`; file names inside the rooms may change.
+"""
 
 from . import functional
-from ._route import Controller, RouterOutput, route
-from .controllers import ImportanceConstraint, LossFreeBias
-from .energy import HypersphericalEnergyPenalty
+from .balance import (
+    ImportanceConstraint,
+    ImportanceKLLoss,
+    LoadBalanceLoss,
+    LossFreeBias,
+    MutualInformationLoss,
+    RouterZLoss,
+    SwitchLoss,
+)
 from .gates import Gate, find_gates
-from .layers import penalize
-from .losses import ImportanceKLLoss, LoadBalanceLoss, MutualInformationLoss, RouterZLoss, SwitchLoss
-from .norm_penalty import SpectralNormPenalty
-from .orthogonality import OrthogonalityPenalty
-from .penalties import SpectralRankPenalty
-from .projection import project_spectral_
-from .rescue import rescue_collapsed_
-from .router import PrototypeRouter
+from .penalties import (
+    HypersphericalEnergyPenalty,
+    OrthogonalityPenalty,
+    SpectralNormPenalty,
+    SpectralRankPenalty,
+    penalize,
+    project_spectral_,
+)
+from .routing import Controller, PrototypeRouter, RouterOutput, rescue_collapsed_, route
 from .wrap import MoEHandle, wrap_moe
 
 __version__ = "0.1.0"

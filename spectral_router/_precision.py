@@ -1,4 +1,4 @@
-"""Float32 at least, whatever comes in and whatever autocast says."""
+"""Float32 at least, whatever comes in and whatever autocast says; measurements that `.half()` leaves alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -16,3 +16,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off. Not even asked for where it is off already: on small gates that takes as long as the computation."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+def keep_precision(module: nn.Module, before: dict[str, Tensor | None]) -> None:
+    """After `.to()`: the buffers have moved to the device, and stay of the dtype that they had, as they are measurements."""
+    for name, buffer in before.items():
+        moved = module._buffers[name]
+        if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+            module._buffers[name] = buffer.to(moved.device)

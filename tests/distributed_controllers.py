@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from spectral_router import PrototypeRouter
-from spectral_router._route import route
-from spectral_router.controllers import ImportanceConstraint, LossFreeBias
+from spectral_router.balance.controllers import ImportanceConstraint, LossFreeBias
+from spectral_router.routing.route import route
 
 DIM, STEPS = 6, 8
 SIZES = [(9, 4), (3, 10), (7, 0), (0, 0), (5, 5)]  # tokens of each rank, step by step

@@ -16,7 +16,7 @@ from test_losses import batches
 from torch import Tensor
 
 from spectral_router import LoadBalanceLoss, PrototypeRouter, functional
-from spectral_router.losses import ImportanceKLLoss, MutualInformationLoss, RouterZLoss, SwitchLoss
+from spectral_router.balance.losses import ImportanceKLLoss, MutualInformationLoss, RouterZLoss, SwitchLoss
 
 # the module, the function that it is a module over, and the loops
 LOSSES: dict[str, tuple[Callable, Callable, Callable]] = {

@@ -11,8 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectral_router._route import route
-from spectral_router.controllers import ImportanceConstraint, LossFreeBias
+from spectral_router.balance.controllers import ImportanceConstraint, LossFreeBias
+from spectral_router.routing.route import route
 
 CASES = {
     "num_experts": st.integers(1, 6),

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spectral_router import PrototypeRouter
-from spectral_router._route import route
-from spectral_router.controllers import ImportanceConstraint, LossFreeBias
+from spectral_router.balance.controllers import ImportanceConstraint, LossFreeBias
+from spectral_router.routing.route import route
 
 MAKERS = {
     "relative": lambda: ImportanceConstraint(4, 0.1),

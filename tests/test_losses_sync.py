@@ -12,7 +12,7 @@ from distributed_worker import names, run
 from torch import Tensor
 
 from spectral_router import LoadBalanceLoss
-from spectral_router.losses import ImportanceKLLoss, MutualInformationLoss, SwitchLoss
+from spectral_router.balance.losses import ImportanceKLLoss, MutualInformationLoss, SwitchLoss
 
 LOSSES = {
     "biased": LoadBalanceLoss,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spectral_router import SpectralRankPenalty, wrap_moe
 from spectral_router.functional import orthogonality
-from spectral_router.orthogonality import OrthogonalityPenalty
+from spectral_router.penalties.orthogonality import OrthogonalityPenalty
 
 FORMS = ("so", "simbal", "ernie")
 EACH = pytest.mark.parametrize("form", FORMS)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spectral_router import LoadBalanceLoss, PrototypeRouter, SpectralRankPenalty
 from spectral_router.functional import stable_rank
-from spectral_router.rescue import rescue_collapsed_
+from spectral_router.routing.rescue import rescue_collapsed_
 
 # ------------------------------------------------------------------------------------------------------------------ which
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from spectral_router import PrototypeRouter
-from spectral_router._route import route
+from spectral_router.routing.route import route
 
 
 class Fixed(nn.Module):

@@ -112,7 +112,7 @@ def test_two_iterations_a_step_let_the_penalty_rise(monkeypatch: pytest.MonkeyPa
 
     before, after = trained()
     assert after < 1e-3 * before
-    monkeypatch.setattr("spectral_router._spectrum._SQUARINGS", 0)
+    monkeypatch.setattr("spectral_router.penalties.spectrum._SQUARINGS", 0)
     before, after = trained()
     assert after > before
 

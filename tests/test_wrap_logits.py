@@ -21,8 +21,8 @@ from test_wrap_delivery import CHECKPOINTING, MODES, QUIET, checkpointed, precis
 from torch import Tensor, nn
 
 from spectral_router import Gate, find_gates, wrap_moe
+from spectral_router.balance.losses import RouterZLoss
 from spectral_router.functional import load_balance_loss, router_z_loss
-from spectral_router.losses import RouterZLoss
 
 BETA = 0.3
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..wrap import MoEHandle
+from ..wrap.handle import MoEHandle
 
 __all__ = ["router_metrics"]
 

@@ -6,7 +6,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from ..wrap import MoEHandle
+from ..wrap.handle import MoEHandle
 from . import router_metrics
 
 # Lightning is published under two names, whose classes differ; the one that the program uses is there already

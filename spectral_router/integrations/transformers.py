@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
-from ..wrap import MoEHandle
+from ..wrap.handle import MoEHandle
 from . import router_metrics
 
 __all__ = ["MoECallback"]

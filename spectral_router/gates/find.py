@@ -1,0 +1,165 @@
+"""Gates: which modules of a model route tokens to experts, where their matrices are, how their probabilities are read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from .evidence import beside_experts, counts_beside, counts_in, matrices, shaped
+from .gate import Gate
+from .scoring import multiplied_from_left
+from .trial import observe
+
+__all__ = ["Gate", "find_gates"]
+
+# A gate is called one of these words, alone or with the company listed; `gate_proj`, `output_gate` and
+# `per_layer_input_gate` are the gates of something else.
+_GATE_NAME = re.compile(
+    r"(?:(?:moe|experts?|tokens?|top_?k|noisy|sparse|mlp|ffn|base)_?)*"
+    r"(?:gates?|gating|routers?|routing|wg|w_g|w_gate|w_gating|w_router|switch)"
+    r"(?:_(?:gate|network|net|layer|linear|module|fn|weights?|matrix|logits))*"
+)
+_GATE_CLASS = re.compile(r"router|gating|(?:top_?k|top\d|moe|naive|noisy|switch|gshard|cosine|expert|token).*gate", re.I)
+
+
+def find_gates(model: nn.Module) -> list[Gate]:
+    """The router gates of a model, found by structure; an empty list if it has none.
+
+    A gate is a module (or a raw parameter) called gate, router, gating, w_g, switch or the like, or of a class called so, next
+    to experts or with a count of experts of its own, that holds a matrix with one row (or column) for each expert. A copy of
+    each is then tried on 16 random tokens, to see which of its outputs are logits and whether the weights that it hands out
+    are softmax or sigmoid scores; where that fails (a gate that needs more than tokens) the class' attributes and its source
+    decide. Nothing of the model is run or changed.
+
+    **Shape**
+        - Each gate's weight is `(experts, dim)`, whichever side is shorter.
+
+    >>> class Block(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.router = nn.Linear(16, 4)
+    ...         self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+    >>> find_gates(nn.Sequential(Block(), Block()))
+    [Gate('0.router', 4 experts x 16, softmax, output: logits), Gate('1.router', 4 experts x 16, softmax, output: logits)]
+    """
+    search = _Search()
+    gates: list[Gate] = []
+    routers: set[int] = set()
+    inside: list[str] = []  # prefixes of what lies in gates found so far
+    with shaped(model):
+        for name, block in model.named_modules():
+            for path, router in _candidates(name, block):
+                if id(router) in routers or f"{path}.".startswith(tuple(inside)):  # one module in two places: one hook
+                    continue
+                if found := search.gates_in(path, router, block):
+                    gates += found
+                    routers.add(id(router))
+                    inside.append(f"{path}." if path else "")
+            if not f"{name}.".startswith(tuple(inside)):
+                gates += search.raw_gates(name, block)
+    return gates
+
+
+def looks_like_gate(name: str, module: nn.Module) -> bool:
+    """By the name of the attribute or of the class."""
+    return bool(_GATE_NAME.fullmatch(name.lower()) or _GATE_CLASS.search(type(module).__name__))
+
+
+def gate_in(name: str, module: nn.Module, parent: nn.Module | None) -> list[Gate]:
+    """The gates in a module that the caller says is one, whatever its name and neighbours."""
+    found = _Search().gates_in(name, module, parent if parent is not None else module)
+    flat = [(path, matrix) for path, matrix in matrices(module) if matrix.ndim == 2]
+    if found or len(flat) != 1:  # of several nothing tells which
+        return found
+    ((path, matrix),) = flat
+    return _Search().read_as(name, module, parent, path, matrix, len(matrix))
+
+
+def gate_of(name: str, owner: nn.Module, attribute: str, parent: nn.Module | None) -> list[Gate]:
+    """The gate whose matrix the caller says is this parameter."""
+    matrix: Tensor = getattr(owner, attribute)
+    counts = counts_in(owner) | counts_beside(owner, None) | (counts_beside(parent, owner) if parent is not None else set())
+    rows, columns = matrix.shape
+    if (rows in counts) == (columns in counts):  # the neighbours do not tell
+        count = columns if multiplied_from_left(owner, attribute) else rows
+    else:
+        count = rows if rows in counts else columns
+    return _Search().read_as(name, owner, None, attribute, matrix, count)
+
+
+def _candidates(name: str, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    if not name and _GATE_CLASS.search(type(block).__name__):
+        yield name, block
+    for child_name, child in block.named_children():
+        path = f"{name}.{child_name}".lstrip(".")
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and _GATE_NAME.fullmatch(child_name.lower()):
+            yield from ((f"{path}.{key}", element) for key, element in child.named_children())
+        elif looks_like_gate(child_name, child):
+            yield path, child
+
+
+class _Search:
+    """One search through a model."""
+
+    def __init__(self) -> None:
+        self.settled: dict[Any, Any] = {}  # what trials of gates have shown
+
+    def gates_in(self, name: str, router: nn.Module, block: nn.Module) -> list[Gate]:
+        peft: Any = router
+        if hasattr(router, "modules_to_save") and hasattr(router, "active_adapters"):
+            key = peft.active_adapters[0]  # the copy that trains
+            return self.gates_in(f"{name}.modules_to_save.{key}", peft.modules_to_save[key], block)
+        if hasattr(router, "get_delta_weight") and hasattr(router, "base_layer"):
+            wrapped = self.gates_in(f"{name}.base_layer", peft.base_layer, block)
+            for gate in wrapped:
+                gate.adapter = router
+                if type(router).__name__ != "ParamWrapper":  # the layer adds B A x to the output: its own holds the logits
+                    gate.name, gate.module, gate.parameter = name, router, f"base_layer.{gate.parameter}"
+            return wrapped
+        candidates = list(matrices(router))
+        # a config is the whole model's: where no experts stand, it says nothing of a plain layer, as of attention's own gate
+        own = isinstance(router, nn.Linear) and not beside_experts(block)
+        counts = counts_in(router) | counts_in(block, own) | counts_beside(block, router)
+        owners = [type(router.get_submodule(path.rpartition(".")[0])) for path, _ in candidates]
+        if not counts and beside_experts(block) and owners == [nn.Linear]:
+            counts = {len(candidates[0][1])}  # the only layer of a router whose experts do not tell their number
+        for slack in range(5 if _GATE_CLASS.search(type(router).__name__) else 1):
+            for path, parameter in reversed(candidates):
+                sides = parameter.shape if parameter.ndim > 1 else ()
+                if isinstance(router.get_submodule(path.rpartition(".")[0]), nn.Linear):
+                    sides = sides[:1]  # one row for each output, never a column
+                for count in sorted(counts, reverse=True):
+                    if sides and (count + slack in sides[-2:] or (parameter.ndim == 3 and count == sides[-1])):
+                        return self.read_as(name, router, block, path, parameter, count + slack)
+                    if not sides and parameter.numel() % count == 0 and parameter.numel() > count:
+                        return self.read_as(name, router, block, path, parameter, count)
+        return []
+
+    def raw_gates(self, name: str, block: nn.Module) -> list[Gate]:
+        """A matrix that is a parameter of the block itself."""
+        gates: list[Gate] = []
+        counts = counts_in(block) | counts_beside(block, None)
+        for path, parameter in block.named_parameters(recurse=False):
+            if _GATE_NAME.fullmatch(path.lower()) and parameter.ndim == 2 and set(parameter.shape) & counts:
+                count = max(set(parameter.shape) & counts)
+                gates += self.read_as(f"{name}.{path}".lstrip("."), block, None, path, parameter, count)
+        return gates
+
+    def read_as(
+        self, name: str, router: nn.Module, block: nn.Module | None, path: str, matrix: Tensor, count: int
+    ) -> list[Gate]:
+        """The gates whose matrix this is, with their orientation and their reading settled."""
+        rows = matrix.shape[-2] if matrix.ndim > 1 else count
+        owner = router.get_submodule(path.rpartition(".")[0])
+        by_rows = isinstance(owner, nn.Linear) or (rows == count and not multiplied_from_left(owner, path.rpartition(".")[2]))
+        transposed = not by_rows and matrix.ndim > 1 and (matrix.shape[-1] == count)
+        indices: Iterable[int | None] = range(len(matrix)) if matrix.ndim == 3 else [None]
+        gates = []
+        for index in indices:
+            gate = Gate(name, router, count, path, transposed=transposed, index=index, reads="input")
+            gates.append(observe(gate, block, self.settled))
+            gate.name += "" if index is None else f"[{index}]"
+        return gates

@@ -10,7 +10,8 @@ from test_controllers_state import ALL, MAKERS, Layer, batches, compiling, state
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from spectral_router import ImportanceConstraint, LossFreeBias, PrototypeRouter, _recompute
+from spectral_router import ImportanceConstraint, LossFreeBias, PrototypeRouter
+from spectral_router.balance import recompute
 
 OPERATION = "spectral_router.first_forward"
 
@@ -105,7 +106,7 @@ def test_the_operation_is_in_training_graphs_only(kind: str, training: bool) -> 
 
 def test_the_operation_outlives_a_reload() -> None:
     for _ in range(2):
-        importlib.reload(_recompute)
+        importlib.reload(recompute)
     like = torch.zeros(3, device="meta")
     assert torch.ops.spectral_router.first_forward(like).device.type == "meta"
     assert torch.ops.spectral_router.first_forward(torch.zeros(3)).item() is True

@@ -98,8 +98,7 @@ def test_nothing_is_recorded_outside_of_training(how: str) -> None:
     model.train("eval" not in how)
     with torch.inference_mode("inference" in how), torch.no_grad() if "grad" in how else nullcontext():
         model(**BATCH)
-    with pytest.raises(RuntimeError, match="the last forward was not one in training"):
-        handle.loss()
+    assert handle.loss() == 0  # so that a loop may share its loss function between training and evaluation
     with pytest.raises(AssertionError, match="called"):  # so that it can fail
         model.train()(**BATCH)
 

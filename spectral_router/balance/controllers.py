@@ -6,21 +6,19 @@ Over 250 lines: two controllers that keep one contract (counting, recomputation,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._precision import keep_precision
 from .formulas import expert_sums
 from .ranks import over_ranks
-from .recompute import first_forward, remember
+from .recompute import Counting, remember
 
 __all__ = ["ImportanceConstraint", "LossFreeBias"]
 
 
-class ImportanceConstraint(nn.Module):
+class ImportanceConstraint(Counting):
     """Closes, while training, the experts that have been used too much: hard constraints on the importance.
 
         I_i = Σ_t w_i(t),  Ī = Σ_i I_i / K
@@ -49,9 +47,11 @@ class ImportanceConstraint(nn.Module):
             DDP with its default `broadcast_buffers=True` rank 0's state then replaces the others' at each forward.
         device: where the buffers are made.
 
-    A step is a forward in training mode, also of a micro-batch and under `no_grad`. One without tokens, or with weights that
-    are not finite, is not counted. Recomputation (activation checkpointing) is recognised: it sees the experts that were open
-    in the last forward, and counts nothing. So run the backward of a checkpointed router before its next forward.
+    A step is a forward in training mode with gradients on, also of a micro-batch; under `no_grad`, as in a generation, nothing
+    is counted. One without tokens, or with weights that are not finite, is not counted. Recomputation (activation
+    checkpointing) is recognised: it sees the experts that were open in the last forward, and counts nothing, or, under
+    reentrant checkpointing, whose first pass has no gradients, in its place. So run the backward of a checkpointed router
+    before its next forward.
     With `torch.compile` and inductor, checkpoint what is compiled; inductor rejects a checkpoint inside. A selective policy may
     save matmuls and attention, but no operation that the controller runs too (scatter, sum, where and the like), which the
     recomputation leaves out. A graph exported in training mode holds the operation `spectral_router::first_forward`.
@@ -92,7 +92,7 @@ class ImportanceConstraint(nn.Module):
         sync: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(device)
         _check_num_experts(num_experts)
         if not 0 <= bound < math.inf:
             raise ValueError(f"bound must be a finite number of at least 0, got {bound=}")
@@ -121,10 +121,8 @@ class ImportanceConstraint(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Forget all steps."""
-        self.importance.zero_()
+        super().reset_parameters()
         self.last_open.fill_(True)
-        if self.kind == "mean":
-            self.steps.zero_()
 
     def forward(self, logits: Tensor) -> Tensor:
         _check_logits(logits, self.num_experts)
@@ -135,11 +133,13 @@ class ImportanceConstraint(nn.Module):
         remember(self.last_open, self.open)
         return logits.masked_fill(~self.last_open, -math.inf)
 
-    @torch.no_grad()
     def observe(self, weights: Tensor, indices: Tensor) -> None:
         """Count the combine weights of one step; in training only."""
-        if not self.training or (first := first_forward(self.importance)) is False:
-            return
+        if self.training and (first := self.counts(self.importance)) is not False:
+            self._count(weights, indices, first)
+
+    @torch.no_grad()
+    def _count(self, weights: Tensor, indices: Tensor, first: bool | Tensor) -> None:
         total = _counted(weights, indices, self.num_experts, self.sync).to(self.importance.dtype)
         share = total / total.sum()
         counts = share.isfinite().all() & first  # without tokens: 0 / 0
@@ -151,19 +151,12 @@ class ImportanceConstraint(nn.Module):
             change = newest * (share - self.importance)
         self.importance.add_(torch.where(counts, change, 0))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ImportanceConstraint:
-        """`.to(device)` moves the buffers; `.half()` leaves them in full precision."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        keep_precision(self, before)
-        return self
-
     def extra_repr(self) -> str:
         momentum = "" if self.momentum is None else f", momentum={self.momentum}"
         return f"num_experts={self.num_experts}, bound={self.bound}, kind={self.kind!r}{momentum}, sync={self.sync}"
 
 
-class LossFreeBias(nn.Module):
+class LossFreeBias(Counting):
     """A bias on the choice that rises for experts with little load and falls for those with much.
 
         choice = logits + b,    after each training step  b_i ← b_i + rate · sign(mean load − load_i)
@@ -209,7 +202,7 @@ class LossFreeBias(nn.Module):
     def __init__(
         self, num_experts: int, rate: float = 1e-3, *, sync: bool = True, device: torch.device | str | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(device)
         _check_num_experts(num_experts)
         if not 0 < rate < math.inf:
             raise ValueError(f"rate must be a finite number above 0, got {rate=}")
@@ -218,12 +211,6 @@ class LossFreeBias(nn.Module):
         self.sync = sync
         self.register_buffer("bias", _zeros(num_experts, device))
         self.register_buffer("last_bias", _zeros(num_experts, device), persistent=False)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Forget all steps."""
-        self.bias.zero_()
-        self.last_bias.zero_()
 
     def forward(self, logits: Tensor) -> Tensor:
         _check_logits(logits, self.num_experts)
@@ -234,23 +221,18 @@ class LossFreeBias(nn.Module):
         remember(self.last_bias, self.bias)
         return logits + self.last_bias
 
-    @torch.no_grad()
     def observe(self, weights: Tensor, indices: Tensor) -> None:
         """Count the tokens of one step; in training only."""
-        if not self.training or (first := first_forward(self.bias)) is False:
-            return
+        if self.training and (first := self.counts(self.bias)) is not False:
+            self._count(weights, indices, first)
+
+    @torch.no_grad()
+    def _count(self, weights: Tensor, indices: Tensor, first: bool | Tensor) -> None:
         if weights.shape[-1] < self.num_experts:
             weights = torch.where(weights.isfinite(), torch.ones_like(weights), math.nan)
         load = _counted(weights, indices, self.num_experts, self.sync).to(self.bias.dtype)
         counts = load.isfinite().all() & first
         self.bias.add_(torch.where(counts, (load.mean() - load).sign(), 0), alpha=self.rate)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LossFreeBias:
-        """`.to(device)` moves the buffers; `.half()` leaves them in full precision."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        keep_precision(self, before)
-        return self
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, rate={self.rate}, sync={self.sync}"

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .computed import computed
+
 # inside a router: not what scores the experts
 _NOT_SCORING = re.compile(r"noise|bias|norm|scale|statics|lora_|temperature|_inv_")
 _EXPERTS = re.compile(r"expert|moe|mixture", re.I)
@@ -19,11 +21,19 @@ _NOT_A_COUNT = re.compile(r"_per|top|shared|capacity|size|dim|hidden|group|paral
 
 def matrices(router: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What may score the experts, at most three levels deep, in the order of registration."""
+    seen = set()
     for path, parameter in router.named_parameters():
-        owner, _, parametrized = path.partition("parametrizations.")
+        before, _, parametrized = path.partition("parametrizations.")
         if parametrized:  # as `torch.nn.utils.parametrizations` leave it: the attribute is computed from it
-            path = owner + parametrized.partition(".")[0]
-        matrix: Tensor = getattr(router.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2])
+            path = before + parametrized.partition(".")[0]
+        owner = router.get_submodule(path.rpartition(".")[0])
+        # likewise of `torch.nn.utils.spectral_norm` and its like: weight_orig, or weight_g and weight_v
+        if (bare := re.sub(r"_(orig|g|v)$", "", path)) != path and computed(owner, bare.rpartition(".")[2]) is not None:
+            path = bare
+        if path in seen:
+            continue
+        seen.add(path)
+        matrix: Tensor = getattr(owner, path.rpartition(".")[2])
         if path.count(".") > 3 or _NOT_SCORING.search(path) or not parameter.is_floating_point():
             continue
         if matrix.ndim in (2, 3) or (matrix.ndim == 1 and path == "weight"):
@@ -77,7 +87,8 @@ def _holds_experts(name: str, child: nn.Module) -> bool:
 
 
 def _alike(container: nn.ModuleList | nn.ModuleDict) -> int:
-    classes = [type(child) for child in container.children()]
+    # an expert that PEFT adapts is of the class of the others all the same
+    classes = [type(getattr(child, "base_layer", child)) for child in container.children()]
     return max((classes.count(kind) for kind in set(classes)), default=0)
 
 

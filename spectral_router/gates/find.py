@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .adapters import adapts, on_parameter, refuse_what_is_no_weight
 from .evidence import beside_experts, counts_beside, counts_in, matrices, shaped
 from .gate import Gate
 from .scoring import multiplied_from_left
@@ -112,11 +113,12 @@ class _Search:
         if hasattr(router, "modules_to_save") and hasattr(router, "active_adapters"):
             key = peft.active_adapters[0]  # the copy that trains
             return self.gates_in(f"{name}.modules_to_save.{key}", peft.modules_to_save[key], block)
-        if hasattr(router, "get_delta_weight") and hasattr(router, "base_layer"):
+        if adapts(router):
             wrapped = self.gates_in(f"{name}.base_layer", peft.base_layer, block)
             for gate in wrapped:
                 gate.adapter = router
-                if type(router).__name__ != "ParamWrapper":  # the layer adds B A x to the output: its own holds the logits
+                if not on_parameter(router):  # the layer's own output holds the logits, the adapter's part in them
+                    refuse_what_is_no_weight(name, router, gate.matrix)
                     gate.name, gate.module, gate.parameter = name, router, f"base_layer.{gate.parameter}"
             return wrapped
         candidates = list(matrices(router))

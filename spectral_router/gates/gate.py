@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from .._precision import at_least_float32, full_precision
 from .._sharding import whole
+from .adapters import adapted
+from .computed import computed
 from .scoring import SCORES
 
 Reads = Literal["logits", "probs", "input"]
@@ -64,11 +66,11 @@ class Gate:
 
     @property
     def weight(self) -> Tensor:
-        """W, live, `(experts, dim)`: a view of the parameter, or, under LoRA, the effective weight W + BA."""
+        """W, live, `(experts, dim)`: a view of the parameter, or the effective weight under PEFT's adapters."""
         weight = self.matrix
         # during a forward a parametrization may have added BA already
         if self.adapter is not None and not hasattr(self.owner, "parametrizations"):
-            weight = with_adapters(weight, self.adapter)
+            weight = adapted(weight, self.adapter)
         if self.index is not None:
             weight = weight[self.index]
         if weight.ndim == 1:
@@ -84,7 +86,9 @@ class Gate:
     @property
     def matrix(self) -> Tensor:
         """The parameter itself, however it lies."""
-        matrix: Tensor = getattr(self.owner, self.parameter.rpartition(".")[2])
+        owner, name = self.owner, self.parameter.rpartition(".")[2]
+        made = computed(owner, name)
+        matrix: Tensor = getattr(owner, name) if made is None else made
         return matrix
 
     @property
@@ -160,14 +164,3 @@ def pick(output: Any, position: int | str | None) -> Tensor:
     if isinstance(position, str) and not isinstance(output, Mapping):
         return getattr(output, position)
     return output[position]
-
-
-def with_adapters(weight: Tensor, adapter: nn.Module) -> Tensor:
-    """W + BA of each active adapter of a PEFT layer."""
-    layer: Any = adapter
-    if layer.merged or layer.disable_adapters:
-        return weight
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            weight = weight + layer.get_delta_weight(name)
-    return weight

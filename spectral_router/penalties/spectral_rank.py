@@ -64,6 +64,11 @@ class SpectralRankPenalty(nn.Module):
 
     anchor: Tensor | None
 
+    @property
+    def remembers(self) -> bool:
+        """Whether it holds something of each matrix from call to call, so that it can serve one model only."""
+        return self.sigma_target == "initial" or self.solver == "power"
+
     def __init__(
         self,
         sigma_target: float | Literal["initial"] = 1.0,
@@ -120,7 +125,7 @@ class SpectralRankPenalty(nn.Module):
         like = at_least_float32(group[0].new_empty(0))
         if iterate is None:
             iterate = fixed_start(matrices_in(group), min(group[0].shape[-2:]), like)
-            if not _in_inference_mode():
+            if not _keeps_nothing():
                 self.register_buffer(name, iterate, persistent=False)
         sigma, rank, u = spectral_values(group, iterate.to(like))
         if self.training and torch.is_grad_enabled():
@@ -136,12 +141,14 @@ class SpectralRankPenalty(nn.Module):
         anchor = self.anchor[members].to(sigma)
         # not-a-number marks the matrices not seen yet, or seen with NaN entries only
         anchor = torch.where(anchor.isnan(), seen, anchor)
+        if _keeps_nothing():
+            return anchor
         self.anchor[members].copy_(anchor)
         return anchor
 
     def _remember(self, groups: list[list[Tensor]]) -> None:
         """On the first call make room for what is kept for each matrix; later calls must bring the same matrices."""
-        if self.sigma_target != "initial" and self.solver != "power":
+        if not self.remembers:
             return
         shapes = [(matrices_in(group), *group[0].shape[-2:]) for group in groups]
         known = getattr(self, "_shapes", shapes)
@@ -151,7 +158,7 @@ class SpectralRankPenalty(nn.Module):
                 f"{known}, got {shapes}; use one SpectralRankPenalty for each model"
             )
         count = sum(matrices_in(group) for group in groups)
-        if _in_inference_mode() and not hasattr(self, "_shapes"):
+        if _keeps_nothing() and not hasattr(self, "_shapes"):
             return
         if self.sigma_target == "initial" and self.anchor is None:
             dtype = torch.float64 if any(group[0].dtype == torch.float64 for group in groups) else torch.float32
@@ -181,6 +188,9 @@ class SpectralRankPenalty(nn.Module):
         )
 
 
-def _in_inference_mode() -> bool:
-    """A buffer made in inference mode could never be updated in training: there, nothing is made. Dynamo cannot ask."""
-    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+def _keeps_nothing() -> bool:
+    """Where nothing may be kept. A buffer made in inference mode could never be updated in training, one made of what a
+    `torch.func` transform passes in would outlive it. Dynamo cannot ask."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_inference_mode_enabled() or torch._C._functorch.maybe_current_level() is not None

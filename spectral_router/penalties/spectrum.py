@@ -85,9 +85,10 @@ class _SpectralValues(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_sigma: Tensor | None, grad_rank: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         count, shape, dtype = ctx.like
-        zero = torch.zeros_like(ctx.saved_tensors[0])
+        saved = ctx.saved_tensors  # asked for once: a checkpoint or an offloader may hand them out once only
+        zero = torch.zeros_like(saved[0])
         grad_sigma, grad_rank = (zero if grad is None else grad for grad in (grad_sigma, grad_rank))
-        told = (grad_sigma, grad_rank, *ctx.saved_tensors, _last_backward())
+        told = (grad_sigma, grad_rank, *saved, _last_backward())
         grad = _OnceDifferentiable.apply(*told) if torch.is_grad_enabled() else _gradient(*told)
         return None, *grad.to(dtype).view(count, *shape).unbind()
 

@@ -4,6 +4,7 @@ In come a model and two callables, out goes a `MoEHandle`: the term in the loss,
 `gates` once, at wrapping; in training `hooks` call `recorder`, which calls penalty and balance, and nothing else.
 """
 
-from .handle import MoEHandle, wrap_moe
+from .attach import wrap_moe
+from .handle import MoEHandle
 
 __all__ = ["MoEHandle", "wrap_moe"]

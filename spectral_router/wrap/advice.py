@@ -27,6 +27,9 @@ class Advice:
         self._said.add(kind)
         return first
 
+    def said(self, kind: str) -> bool:
+        return kind in self._said
+
     def say(self, kind: str, message: str) -> None:
         if self.once(kind):
             warnings.warn(message, stacklevel=2)
@@ -58,10 +61,13 @@ class Advice:
             self.say(
                 "native",
                 f"the model's own balance loss is on too (output_router_logits=True, {settings}); set "
-                "config.output_router_logits=False, or wrap with balance=None",
+                "router_aux_loss_coef=0.0 (which holds where a trainer sets output_router_logits itself), or wrap with "
+                "balance=None",
             )
 
     def before_forward(self, term_left: bool, without_backward: int) -> None:
+        if self.said("lost"):
+            return
         if term_left:
             self.say(
                 "unused",
@@ -88,6 +94,30 @@ class Advice:
                 f"these gates did not run in the first training forward, are in eval mode, or are bypassed: {', '.join(idle)}; "
                 "their weights are penalised, their balance is not",
             )
+
+    def evaluation(self, model: str) -> None:
+        self.say(
+            "evaluation",
+            f"a backward has reached the loss of {model} in eval mode, where the routers' term is left out; call model.train()",
+        )
+
+    def lost(self, model: str, forwards: int, unseen: bool) -> None:
+        self.say(
+            "lost",
+            f"the optimizer steps the gates of {model}, but no training forward has run the hooks of wrap_moe; code compiled "
+            "before, for a model of the same class, may be in use: call torch._dynamo.reset() after wrapping"
+            if unseen
+            else f"the optimizer steps the gates of {model}, but the routers' term of its {forwards} training forward(s) since "
+            "the last step has had no backward: the loop (trainer) builds its own loss. Deliver at the step, wrap_moe(model, "
+            "optimizer=optimizer) or handle.attach(optimizer), or add handle.loss() to that loss after each forward",
+        )
+
+    def not_at_step(self, gate: str) -> None:
+        self.say(
+            f"not at step {gate}",
+            f"gate {gate!r} hands out probabilities or logits that are not W x + b, so at the optimizer's step its weight is "
+            "penalised and its balance is not; leave the term in the loss if you need it",
+        )
 
     def outside(self, gate: str, model: str) -> None:
         self.say(

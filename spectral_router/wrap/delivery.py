@@ -1,4 +1,4 @@
-"""How a term gets from the gates of a model into its loss, and back through activation checkpoints."""
+"""How a term gets from the gates of a model into its loss, and what part of an optimizer's step it is."""
 
 from __future__ import annotations
 
@@ -9,42 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-
-
-class _PassOn(torch.autograd.Function):
-    """Identity on a gate's outputs; backward also gives `live` tensors the gradients that their stand-ins have received."""
-
-    @staticmethod
-    def forward(ctx: Any, stand_ins: list[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.stand_ins = stand_ins
-        ctx.set_materialize_grads(False)
-        # no views: those of a function may not be changed in place, which a gate's caller is free to do
-        return tuple(tensor.clone() for tensor in tensors[len(stand_ins) :])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, *(stand_in.grad for stand_in in ctx.stand_ins), *grads)
-
-
-def pass_on(stand_ins: list[Tensor], live: list[Tensor], output: Any, name: str) -> Any:
-    """The output of a recomputed gate, tied to the gradients that reached the term in the loss.
-
-    Reentrant checkpointing runs a layer without a graph first. The term of that pass is computed from stand-ins, leaves
-    with the values that the gate gave. Their gradients are known, scaled with the loss however it was scaled,
-    before the layer is run again with a graph; there they go on to the tensors that the stand-ins stood for.
-    """
-    leaves, structure = pytree.tree_flatten(output)
-    carried = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    if not carried:
-        raise RuntimeError(
-            f"gate {name!r} hands out nothing differentiable, so under reentrant checkpointing no gradient of its term can "
-            "reach it; checkpoint with use_reentrant=False, or leave the gate out with wrap_moe(exclude=...)"
-        )
-    passed = _PassOn.apply(stand_ins, *live, *(leaves[i] for i in carried))
-    for i, tensor in zip(carried, passed, strict=True):
-        leaves[i] = tensor
-    return pytree.tree_unflatten(leaves, structure)
 
 
 def loss_of(output: Any) -> Tensor | None:
@@ -93,6 +57,25 @@ def share_of_step(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | fl
     return labels.ne(-100).sum() / total if isinstance(labels, Tensor) else 1.0
 
 
+def share_above() -> float:
+    """The fraction of a step that a loss stands for which is built right now inside of transformers' Trainer; 1 elsewhere.
+
+    Trainer divides the loss by the number of micro-batches, or leaves that to whoever builds it; the same rule is asked here.
+    """
+    frame = None if torch.compiler.is_compiling() else inspect.currentframe()
+    while frame is not None:
+        trainer: Any = frame.f_locals.get("self")
+        steps = getattr(trainer, "current_gradient_accumulation_steps", None)
+        if isinstance(steps, int) and "num_items_in_batch" in frame.f_locals:
+            scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+            if scaled is None:
+                counted = frame.f_locals["num_items_in_batch"] is not None
+                scaled = (trainer.model_accepts_loss_kwargs and counted) or trainer.compute_loss_func is not None
+            return 1 / steps if scaled else 1.0
+        frame = frame.f_back
+    return 1.0
+
+
 def _shifts_labels(model: Any) -> bool:
     """Whether the model predicts the next token: then the first label of a row is no target."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -102,9 +85,8 @@ def _shifts_labels(model: Any) -> bool:
     )
 
 
-def token_mask(arguments: Mapping[str, Any], gate: str, probs: Tensor, layout: torch.Size, two_sided: bool) -> Tensor | None:
+def token_mask(arguments: Mapping[str, Any], decoding: bool, probs: Tensor, layout: torch.Size) -> Tensor | None:
     """The batch's attention mask, one entry for each of the gate's tokens; None where there is none that fits."""
-    decoding = two_sided and "decoder" in gate.split(".")
     mask = arguments.get("decoder_attention_mask" if decoding else "attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.numel() * probs.shape[-1] != probs.numel():
         return None

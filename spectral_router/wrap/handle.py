@@ -1,24 +1,22 @@
-"""wrap_moe: router penalties on any existing mixture-of-experts model, by hooks."""
+"""What `wrap_moe` hands back."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..balance.losses import LoadBalanceLoss
-from ..gates.select import Selector, select_gates
-from ..penalties.spectral_rank import SpectralRankPenalty
-from .hooks import AfterModel, AtGate, BeforeModel, Hook
+from .at_step import AtStep
+from .delivery import share_above
+from .hooks import Hook
 from .metrics import measure
+from .optimizer import check_optimizer
 from .recorder import Recorder
 from .state import restore, tensors
 from .step import Step
-
-__all__ = ["MoEHandle", "wrap_moe"]
 
 Penalty = Callable[[Sequence[Tensor]], Tensor]
 Balance = Callable[[Tensor, "Tensor | None"], Tensor]
@@ -45,15 +43,23 @@ class MoEHandle(Recorder):
         a handle of its own."""
         return next((hook.handle for _, _, hook in _hooks_below(model) if isinstance(hook.handle, cls)), None)
 
-    def loss(self) -> Tensor:
+    def loss(self, share: float | None = None) -> Tensor:
         """The term of the last training forward: `penalty_coef` x penalty + `balance_coef` x the sum of the balance losses.
 
-        For models that return no loss, or under `add_to_loss=False`: add it to your own loss, once a forward.
+        For models that return no loss, or under `add_to_loss=False`: add it to your own loss, once a forward. After a forward
+        in evaluation it is 0, so that a loop may share its loss function.
+
+        Args:
+            share: the fraction of the optimizer step that this forward stands for, in (0, 1]: 1 / accumulation where your loop
+                sums the losses of its micro-batches, 1 where it averages them. None is 1, but inside of transformers' Trainer
+                what its own rule for the loss says.
 
         Raises:
             RuntimeError: the term is in the model's loss already, was taken already, or there was no training forward.
         """
         term, fate = self.step.term, self.step.fate
+        if term is None and self.step.evaluated and not self.step.fate:
+            return torch.zeros((), device=self.gates[0].matrix.device)
         if term is None:
             why = (
                 f"the term of the last training forward {fate}"
@@ -61,8 +67,46 @@ class MoEHandle(Recorder):
                 else "the last forward was not one in training, with gradients"
             )
             raise RuntimeError(f"handle.loss() has no term to give: {why}")
+        if share is None:
+            share = 1.0 if self.step.shared else share_above()
+        elif not 0 < share <= 1:
+            raise ValueError(f"share must be in (0, 1], the fraction of the step that this forward stands for, got {share=}")
+        term = term if share == 1.0 else term * share
         self.step.term, self.step.fate = None, "was taken by handle.loss() already; call it once a forward"
         return term
+
+    def attach(self, optimizer: Any, *, decoupled: bool = False, every: int = 1, group: Any = None) -> None:
+        """Deliver the term at the optimizer's step from now on, in place of the loss.
+
+        Right before each `optimizer.step()`, after clipping, the gradient of the term is added to the gates' gradients: that of
+        the penalty in closed form, once a step; that of the balance losses with respect to each gate's own matrix and bias, the
+        mean over the forwards since the last step (and over ranks, by one all-reduce). So it does not matter who builds the
+        loss, or by what it is scaled, summed or accumulated.
+
+        NOTE[DIFF]: In the loss, a balance loss also moves what lies before the gate; delivered at the step, the gate only.
+
+        Args:
+            optimizer: any `torch.optim.Optimizer` (or accelerate's shell of one) over the wrapped model's own parameters.
+            decoupled: leave the penalty out of the gradients and, after the step, take it off the weights themselves, as AdamW
+                does with weight decay: W ← W − lr · penalty_coef · ∇penalty(W), with the rate of the parameter's group.
+                Adam does not rescale it then. Computed in float32; bfloat16 parameters are rounded stochastically, as no
+                optimizer of torch keeps a master copy.
+            every: compute the penalty at each n-th step only, n times as strong.
+            group: the process group over which balance gradients are averaged; None is the default group.
+
+        Raises:
+            TypeError: no such optimizer (DeepSpeed's, whose ZeRO steps copies of the parameters).
+            ValueError: it holds none of the gates' parameters, or `every` is below 1.
+        """
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be a whole number of at least 1, got {every=}")
+        self._attach(optimizer, decoupled, every, True, group)
+
+    def _attach(self, optimizer: Any, decoupled: bool = False, every: int = 1, alone: bool = False, group: Any = None) -> None:
+        stepper = check_optimizer(self.gates, self.model, optimizer)
+        if self.at_step is not None:
+            self.at_step.detach()
+        self.at_step = AtStep(self, stepper, decoupled, every, alone, group)
 
     def metrics(self) -> dict[str, dict[str, float]]:
         """Detached floats for each gate, by its name, of its weight as it is now and of the last training forward.
@@ -89,7 +133,9 @@ class MoEHandle(Recorder):
                         "_forward_pre_hooks_with_kwargs",
                     ):
                         getattr(module, flags).pop(key, None)
-        self.step = Step()
+        if self.at_step is not None:
+            self.at_step.detach()
+        self.step = Step(self.taps)
         self.attached = False
 
     def __enter__(self) -> MoEHandle:
@@ -129,118 +175,6 @@ class MoEHandle(Recorder):
             f"{c} x {p!r}" for p, c in ((self.penalty, self.penalty_coef), (self.balance, self.balance_coef)) if p is not None
         ]
         return "\n".join([f"{type(self.model).__name__}: {' + '.join(parts) or 'nothing added'}", *lines])
-
-
-def wrap_moe(
-    model: nn.Module,
-    *,
-    penalty: Penalty | Literal["default"] | None = "default",
-    balance: Balance | Literal["default"] | None = "default",
-    penalty_coef: float = 1e-2,
-    balance_coef: float = 1e-2,
-    gates: Selector | None = None,
-    exclude: Selector | None = None,
-    add_to_loss: bool = True,
-) -> MoEHandle:
-    """Attach a weight penalty and a balance loss to the gates of a model, with no change to the model or its training loop.
-
-        loss = task + penalty_coef · Σ penalty(W_l) + balance_coef · Σ balance(p_l)
-
-    In training, where the model's output carries a loss (a transformers `ModelOutput`, a mapping with "loss", an object with
-    a `loss`), a forward hook adds the term to it: loss scaling, gradient accumulation, mixed precision,
-    activation checkpointing and trainers work as they do without it. Otherwise add `handle.loss()` to your own
-    loss after the forward. Outside training nothing is computed and nothing kept. No parameter, buffer or submodule is
-    added.
-
-    Args:
-        model: any module with router gates. Wrap the outermost module that is called, after PEFT and before `torch.compile`;
-            before or after DDP, `fully_shard` and `deepspeed.initialize`, inside of whose shells the model itself is wrapped.
-        penalty: reads weights: a callable (list of (experts, dim) tensors) -> scalar. "default" is a new
-            `SpectralRankPenalty("initial", relative=True)`; None is none.
-        balance: reads probabilities: a callable (probs (tokens, experts), mask or None) -> scalar, called once for each call
-            of a gate, never on pooled layers. "default" is a new `LoadBalanceLoss()`; None is none. Where the model is called
-            with an `attention_mask`, padding is masked out. One with the attribute `reads = "logits"`, as `RouterZLoss`,
-            gets the gate's logits (tokens, experts) instead.
-        penalty_coef: α of equation 7, at least 0.
-        balance_coef: β of equation 7, at least 0.
-        gates: None finds them all (`find_gates`); or a name or its suffix, a regular expression that matches the full
-            name, a module class, a predicate (name, module) -> bool, `Gate` objects, or a list of these.
-        exclude: in the same terms, gates to leave out.
-        add_to_loss: False leaves the model's loss alone; add `handle.loss()`.
-
-    Returns:
-        `MoEHandle`: the term, measurements, state, and `remove()`; also a context manager.
-
-    Raises:
-        ValueError: no gate found or matched (the message lists near misses), a coefficient below 0, a model that is wrapped
-            already, or a balance loss of logits on a gate that gives probabilities only.
-        TypeError: a selector, penalty or balance of the wrong kind.
-
-    Warns:
-        UserWarning, once each, with names: gates that are frozen, quantised or did not run in the first training forward; a
-            model compiled before; the model's own balance loss also on; a term that nobody used.
-
-    Source:
-        equation 7 of arXiv:2601.03889.
-
-    >>> import torch
-    >>> class MoE(nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.router = nn.Linear(16, 4)
-    ...         self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
-    ...     def forward(self, x):
-    ...         probs = self.router(x).softmax(-1)
-    ...         return sum(p * expert(x) for p, expert in zip(probs.split(1, -1), self.experts))
-    >>> model = MoE()
-    >>> handle = wrap_moe(model)
-    >>> (model(torch.randn(8, 16)).square().mean() + handle.loss()).backward()
-    >>> print(handle)  # doctest: +NORMALIZE_WHITESPACE
-    MoE: 0.01 x SpectralRankPenalty(...) + 0.01 x LoadBalanceLoss(unbiased=False)
-    gate    class   experts x dim  scoring  read from
-    router  Linear  4 x 16         softmax  output: logits
-    """
-    for name, coef in (("penalty_coef", penalty_coef), ("balance_coef", balance_coef)):
-        if not 0 <= coef < math.inf:
-            raise ValueError(f"{name} must be a finite number of at least 0, got {name}={coef}")
-    if penalty == "default":
-        penalty = SpectralRankPenalty("initial", relative=True)
-    if balance == "default":
-        balance = LoadBalanceLoss()
-    for name, part in (("penalty", penalty), ("balance", balance)):
-        if part is not None and not callable(part):
-            raise TypeError(f'{name} must be a callable, "default" or None, got {part!r}')
-    root, compiled = _inside(model)
-    if MoEHandle.of(root) is not None:
-        raise ValueError(f"{type(root).__name__} is wrapped already; call MoEHandle.of(model).remove() first")
-    chosen = select_gates(root, gates, exclude)
-    handle = MoEHandle(root, chosen, penalty, balance, penalty_coef, balance_coef, add_to_loss)
-    if compiled:
-        handle.advice.compiled([type(root).__name__])
-    handle.advice.at_wrapping(root, balance)
-    handle.registrations = [
-        root.register_forward_pre_hook(BeforeModel(handle), with_kwargs=True),
-        # first here too: the backward of the whole loss, the term included, is to pass the engines' hooks
-        root.register_forward_hook(AfterModel(handle), with_kwargs=True, always_call=True, prepend=True),
-        # first of the module's hooks: sharding engines free the weight in theirs
-        *(
-            gate.module.register_forward_hook(AtGate(handle, index), with_kwargs=True, prepend=True)
-            for index, gate in enumerate(chosen)
-        ),
-    ]
-    return handle
-
-
-def _inside(model: nn.Module) -> tuple[nn.Module, bool]:
-    """What is in the shells of DDP, DeepSpeed and torch.compile, whose calls have no argument names, and if it is compiled."""
-    compiled = False
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model, compiled = model.get_submodule("_orig_mod"), True
-        elif isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
-            model = model.get_submodule("module")
-        else:
-            return model, compiled
 
 
 def _hooks_below(model: nn.Module) -> list[tuple[nn.Module, dict[int, Any], Hook]]:

@@ -8,32 +8,45 @@ from typing import Any
 from torch import nn
 
 from .recorder import Recorder
+from .step import Tap
 
 
 class Hook:
-    """A hook that knows its handle."""
+    """A hook that knows its handle, and at a gate what is noted there."""
 
-    def __init__(self, handle: Recorder, index: int = -1) -> None:
+    def __init__(self, handle: Recorder, tap: Tap | None = None) -> None:
         self.handle = handle
-        self.index = index
+        self.tap = tap
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         # A copy of the whole model gets a handle of its own. A copy of a part is an adapter library's: it reports to this one.
         if id(self.handle.model) not in memo:
             return self
-        return type(self)(copy.deepcopy(self.handle, memo), self.index)
+        return type(self)(copy.deepcopy(self.handle, memo), copy.deepcopy(self.tap, memo))
 
 
 class BeforeModel(Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.handle.begin(args, kwargs)
+        handle = self.handle.of_this_thread() if _is_replica(module) else self.handle
+        handle.begin(args, kwargs)
 
 
 class AfterModel(Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return self.handle.finish(output)
+        handle = self.handle.of_this_thread() if _is_replica(module) else self.handle
+        return handle.finish(output)
 
 
 class AtGate(Hook):
+    tap: Tap
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return self.handle.at_gate(self.index, module, args, kwargs, output)
+        if _is_replica(module):
+            handle = self.handle.of_this_thread()
+            return handle.at_gate(handle.taps[self.handle.taps.index(self.tap)], module, args, kwargs, output)
+        return self.handle.at_gate(self.tap, module, args, kwargs, output)
+
+
+def _is_replica(module: nn.Module) -> bool:
+    """Whether this is one of DataParallel's copies, which run in threads of their own and share the original's hooks."""
+    return getattr(module, "_is_replica", False)

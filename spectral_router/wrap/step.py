@@ -1,4 +1,4 @@
-"""What one forward of a wrapped model notes down, until its term is made and has had its backward."""
+"""What the forwards of a wrapped model note down, until their term is made and has had its backward or its step."""
 
 from __future__ import annotations
 
@@ -8,26 +8,76 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..gates.gate import Gate
+
 
 class Call(NamedTuple):
     """One call of a gate in one forward of the model."""
 
-    gate: int  # its number
     scores: Tensor | None  # probabilities, or logits, as the balance loss reads them; None: the gate is frozen
     weight: Tensor
     layout: torch.Size  # of the gate's input
     live: bool = True  # False: stand-ins, which learn only if the call is run again
 
 
+class StandIns(NamedTuple):
+    """Leaves in place of what a call without a graph gave, until it is run again with one."""
+
+    scores: Tensor
+    weight: Tensor
+    born: int  # how many of this gate's had been taken by then
+
+
+@dataclass(eq=False)
+class Pull:
+    """What the balance losses of the micro-batches since the last optimizer step ask of one gate: sums of gradients."""
+
+    weight: Tensor  # (K, D), with respect to the effective weight
+    bias: Tensor | None  # (K,)
+    count: Tensor  # (), forwards that are in them
+
+    def clear(self) -> None:
+        for tensor in (self.weight, self.bias, self.count):
+            if tensor is not None:
+                tensor.zero_()
+
+
+@dataclass(eq=False)
+class Tap:
+    """One gate and what its calls have left. Hooks hold this and no number, so that equal blocks compile to one graph."""
+
+    gate: Gate
+    decoding: bool = False  # a gate of the decoder of a model with two sides
+    calls: list[Call] = field(default_factory=list)  # of the forward that runs
+    deferred: list[StandIns] = field(default_factory=list)
+    taken: int = 0  # how many stand-ins have been run again
+    seen: bool = False  # it has been recorded once
+    plain: bool | None = None  # its logits are W x + b; None: not seen yet
+    pull: Pull | None = None  # where the term goes to the optimizer's step
+
+    def __getstate__(self) -> dict[str, Any]:  # nothing of a step is copied or saved
+        return {"gate": self.gate, "decoding": self.decoding, "seen": self.seen}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["gate"], state["decoding"], seen=state["seen"])  # type: ignore[misc]
+
+
 @dataclass
 class Step:
     """What lives no longer than a step: a copy or a file of a wrapped model starts with a new one."""
 
+    taps: list[Tap] = field(default_factory=list)
     open: bool = False  # the model's forward is running, in training
-    calls: list[Call] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
     term: Tensor | None = None  # waits for handle.loss()
     fate: str = ""  # what became of the last term
-    without_backward: int = 0
-    # by gate: stand-ins of calls that had no graph, until they are run again with one
-    deferred: dict[int, list[list[Tensor]]] = field(default_factory=dict)
+    shared: bool = False  # the term is this forward's share of a step already
+    evaluated: bool = False  # the last forward was one of evaluation
+    without_backward: int = 0  # forwards in a row whose term saw no backward
+    forwards: int = 0  # recorded ones since the last optimizer step
+    arrived: bool = False  # a backward has reached a term since the last optimizer step
+
+    @property
+    def deferred(self) -> dict[int, list[StandIns]]:
+        """By the gate's number: stand-ins that wait."""
+        return {number: tap.deferred for number, tap in enumerate(self.taps)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .._sharding import whole
@@ -41,3 +42,31 @@ def trainable(gate: Gate) -> bool:
     if name in parametrized:
         return any(parameter.requires_grad for parameter in parametrized[name].parameters())
     return gate.matrix.requires_grad
+
+
+def sources(gate: Gate, slope: Tensor, bias: Tensor | None) -> list[tuple[nn.Parameter, Tensor]]:
+    """The parameters that a gate's effective weight (and bias) is made of, each with its part of a gradient of these."""
+    own: dict[nn.Parameter, None] = {}
+    for module in (gate.owner, gate.adapter):
+        if module is not None:
+            own |= dict.fromkeys(parameter for parameter in module.parameters() if parameter.requires_grad)
+    if isinstance(gate.matrix, nn.Parameter) and gate.matrix.requires_grad:
+        own[gate.matrix] = None
+    leaves = list(own)
+    if not leaves:
+        return []
+    with torch.enable_grad():
+        weight = whole(gate.weight)
+        outputs, slopes = [weight], [slope.to(weight.dtype)]
+        if bias is not None:
+            outputs.append(whole(gate.owner.bias))  # type: ignore[arg-type]
+            slopes.append(bias.to(outputs[-1].dtype))
+        parts = torch.autograd.grad(outputs, leaves, slopes, allow_unused=True)
+    return [(leaf, part) for leaf, part in zip(leaves, parts, strict=True) if part is not None]
+
+
+def add_to_gradients(gate: Gate, slope: Tensor, bias: Tensor | None, held: set[int]) -> None:
+    """Add a gradient of the effective weight to the `.grad` of the parameters behind it that the optimizer holds."""
+    for parameter, part in sources(gate, slope, bias):
+        if id(parameter) in held:
+            parameter.grad = part.to(parameter.dtype) if parameter.grad is None else parameter.grad.add_(part)

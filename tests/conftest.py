@@ -1,5 +1,9 @@
 """Settings shared by all tests."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several processes share the cores
+
 import pytest
 import torch
 from hypothesis import settings

@@ -17,8 +17,8 @@ def check_optimizer(gates: list[Gate], model: nn.Module, optimizer: Any) -> torc
         if inner is None or "DeepSpeed" in type(optimizer).__name__ or "FP16" in type(optimizer).__name__:
             raise TypeError(
                 "the optimizer must be a torch.optim.Optimizer that steps the gates' own parameters, got "
-                f"{type(optimizer).__name__}; DeepSpeed's ZeRO steps flat copies of them: there leave the term in the loss, without "
-                "optimizer="
+                f"{type(optimizer).__name__}; DeepSpeed's ZeRO steps flat copies of them: leave the term in the loss there, "
+                "without optimizer="
             )
         optimizer = inner
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from examples.image_classification.__main__ import main
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 # eight images a class to split, one novel, one epoch of one router
 TINY = (
     "--samples-per-class=8 --novel=1 --epochs=1 --seeds=1 --batch-size=8 --dim=4 --hidden=4 --image-size=8 --routers=baseline"

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from test_example_run import CLASSES, FLAGS, make_photos, start
+from image_runs import CLASSES, FLAGS, make_photos, start
 
 from examples.image_classification import config, figures
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from image_runs import CLASSES, make_photos
 from PIL import Image
-from test_example_run import CLASSES, make_photos
 
 from examples.cnn_experts import config, figures, study, train
 from examples.cnn_experts.__main__ import main

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_example_run import CLASSES, make_photos
+from image_runs import CLASSES, make_photos
 
 from examples.image_classification.__main__ import main
 from examples.shared import runs, storage

@@ -78,7 +78,7 @@ def test_a_target_is_judged_by_the_median_of_the_runs() -> None:
 
 
 def test_the_docs_show_the_targets_and_tables_of_today() -> None:
-    docs = Path(__file__).parents[1] / "docs"
+    docs = Path(__file__).parents[2] / "docs"
     shown, tables = ((docs / name).read_text(encoding="utf-8") for name in ("benchmark_targets.md", "benchmark_tables.md"))
     for target in targets.TARGETS:
         bound = f"{'at least' if target.at_least else 'at most'} {target.bound:g}"

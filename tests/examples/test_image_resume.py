@@ -18,7 +18,7 @@ from examples.image_classification import figures, study, train
 from examples.image_classification.__main__ import main
 from examples.shared import storage
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 # rates at which so few steps learn something, and one update disturbs something: equal zeros would prove little
 FLAGS = (
     "--samples-per-class=20 --novel=2 --epochs=2 --seeds=2 --batch-size=16 --dim=8 --hidden=8 --image-size=16 "

@@ -17,7 +17,7 @@ from moe_models import (
     tokens,
 )
 from operations import Operations
-from test_wrap_delivery import CHECKPOINTING, MODES, QUIET, checkpointed, precision_of
+from test_delivery import CHECKPOINTING, MODES, QUIET, checkpointed, precision_of
 from torch import Tensor, nn
 
 from spectral_router import Gate, find_gates, wrap_moe

@@ -11,7 +11,7 @@ from spectral_router import Gate, find_gates
 from survey import CASES, GROUPS, NEGATIVES, TRANSFORMERS
 from survey.__main__ import examine
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # of other people's modules
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

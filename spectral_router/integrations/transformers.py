@@ -1,9 +1,10 @@
-"""transformers' Trainer: the router's metrics in its logs, the state of the objective in its checkpoints."""
+"""transformers' Trainer: the term delivered, the router's metrics in its logs, the objective's state in its checkpoints."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,13 +13,19 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from ..wrap.handle import MoEHandle
+from ..wrap.watch import tally
 from . import router_metrics
 
 __all__ = ["MoECallback"]
 
 
 class MoECallback(TrainerCallback, ExportableState):
-    """Logs what the routers of a wrapped model do, and carries `handle.state_dict()` through Trainer's checkpoints.
+    """Delivers the term whoever builds the loss, logs what the routers do, and keeps `handle.state_dict()` in checkpoints.
+
+    A trainer that uses the model's own loss, as Trainer does, has the term in it. One that builds the loss itself (TRL's, a
+    `compute_loss` of your own) would lose it: that is seen at the first optimizer step, and from then on the term is delivered
+    there, as `handle.attach(optimizer)` does, the first step included. Where it cannot be (DeepSpeed), training stops with an
+    error that says what to do.
 
     Each training log (`logging_steps`) gets the keys of `integrations.router_metrics`: they are in `trainer.state.log_history`
     and reach every reporter. The logged `loss` holds the term already. The state (anchors, iterates, statistics) is a
@@ -33,6 +40,7 @@ class MoECallback(TrainerCallback, ExportableState):
 
     Raises:
         ValueError: when training begins: no handle, and the model is not wrapped; or the checkpoint is of other gates.
+        RuntimeError: at an optimizer step that the term does not reach.
 
     Warns:
         UserWarning: the checkpoint holds no state, so that "initial" anchors are those of the weights as they are now.
@@ -45,6 +53,7 @@ class MoECallback(TrainerCallback, ExportableState):
         self.handle = handle
         self.per_gate = per_gate
         self._given = handle
+        self._attached = False
 
     def on_train_begin(
         self,
@@ -59,8 +68,46 @@ class MoECallback(TrainerCallback, ExportableState):
         if self.handle is None:
             raise ValueError("the Trainer's model is not wrapped; call wrap_moe(model) first")
         self._go_first()
+        if self.handle.at_step is None:
+            with suppress(TypeError):  # DeepSpeed's: there the term is in the loss, or training stops below
+                self.handle._attach(kwargs["optimizer"], alone=False)
+                self._attached = True
         if state.global_step:  # a resumed run
             self._restore(self.handle, state)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        handle, optimizer = self.handle, kwargs.get("optimizer")
+        if handle is None:
+            return
+        if handle.at_step is not None:
+            scaler = getattr(optimizer, "scaler", None)
+            if scaler is None or not scaler.is_enabled():  # else the gradients may still be scaled, and the step undoes it
+                handle.at_step.early()
+            return
+        forwards, arrived = tally(handle, clear=True)
+        if forwards and not arrived:
+            raise RuntimeError(
+                f"the routers' term of {forwards} training forward(s) has had no backward: the loss is "
+                f"built elsewhere, and the term cannot be delivered at the steps of {type(optimizer).__name__}; add handle.loss() "
+                "to your loss after each forward"
+            )
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self._attached and self.handle is not None and self.handle.at_step is not None:
+            self.handle.at_step.detach()  # another loop may have the loss of the model again
+        self._attached = False
 
     def on_log(
         self,

@@ -20,6 +20,7 @@ from ..gates.gate import first_tokens
 from .delivery import token_mask
 from .optimizer import subtract_
 from .step import Call, Pull, Tap
+from .watch import tally
 from .weights import add_to_gradients, full_weight, sources, trainable
 
 if TYPE_CHECKING:
@@ -148,8 +149,7 @@ class AtStep:
         recorder = self.recorder
         step, taps = recorder.step, recorder.taps
         if not self.alone:
-            arrived, forwards = step.arrived, step.forwards
-            step.arrived, step.forwards = False, 0
+            forwards, arrived = tally(recorder, clear=True)
             if arrived or not forwards:
                 for tap in taps:
                     if tap.pull is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._sharding import whole
 from ..gates.gate import Gate
 from .advice import Advice
+from .arrival import followed, number_of
 from .at_step import AtStep
 from .checkpointing import run_again, stand_in
 from .delivery import argument_names, by_name, loss_of, share_of_step, with_loss
@@ -50,23 +51,27 @@ class Recorder(Objective):
         self.step = Step(self.taps)
         self.at_step: AtStep | None = None  # where the term goes to the optimizer's step
         self._names = argument_names(model)
-        self._threads: dict[int, Recorder] = {}
-        watch(self)
+        self.threads: dict[int, Recorder] = {}
+        self._start()
 
     def __getstate__(self) -> dict[str, Any]:
         # an optimizer, its hooks and other threads are of this process and of this model
-        return {**self.__dict__, "step": None, "at_step": None, "_threads": {}}
+        return {**self.__dict__, "step": None, "at_step": None, "threads": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.step = Step(self.taps)
+        self._start()
+
+    def _start(self) -> None:
+        self.number = number_of(self)  # in compiled code
         watch(self)
 
     def of_this_thread(self) -> Recorder:
         """For a replica of DataParallel: a recorder with a step of its own, as replicas run at the same time."""
-        mine = self._threads.get(get_ident())
+        mine = self.threads.get(get_ident())
         if mine is None:
-            mine = self._threads[get_ident()] = copy.copy(self)
+            mine = self.threads[get_ident()] = copy.copy(self)
             mine.taps = [Tap(copy.copy(tap.gate), tap.decoding) for tap in self.taps]
             mine.gates = [tap.gate for tap in mine.taps]
             mine.step = Step(mine.taps)
@@ -147,14 +152,13 @@ class Recorder(Objective):
             step.fate = "has nothing in it: no gate ran that learns"
             return None
         if loss is None:
-            step.term, step.fate = term, "is open"
-            self._follow(term)
+            step.fate = "is open"
+            step.term = followed(term, self)
             return None
-        total = loss + term.to(loss)
+        total = followed(loss + term.to(loss), self)
         step.fate = "is in the loss that the model returned"
         if not torch.compiler.is_compiling():
             step.without_backward += 1
-        self._follow(total)
         return with_loss(output, total)
 
     def _term(self, calls: list[tuple[int, Call]], arguments: dict[str, Any]) -> Tensor | None:
@@ -164,16 +168,6 @@ class Recorder(Objective):
         share = share_of_step(self.model, arguments)
         self.step.shared = isinstance(share, Tensor)
         return total * (share.to(total.device) if isinstance(share, Tensor) else share)
-
-    def _follow(self, term: Tensor) -> None:
-        """Notes whether a backward reaches the term; compiled code cannot tell."""
-        if not torch.compiler.is_compiling() and term.requires_grad:
-            self.step.forwards += 1
-            term.register_hook(self._seen_backward)
-
-    def _seen_backward(self, _grad: Tensor) -> None:
-        self.step.without_backward = 0
-        self.step.arrived = True
 
     def _look_round(self, calls: list[tuple[int, Call]], arguments: dict[str, Any]) -> None:
         if self.advice.once("first forward"):

@@ -36,13 +36,22 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs
 def _look(recorder: Recorder, optimizer: torch.optim.Optimizer) -> None:
     """Has the term of the forwards since the last step had a backward?"""
     step = recorder.step
-    forwards, arrived = step.forwards, step.arrived
+    forwards, arrived = tally(recorder)
     unseen = not (forwards or step.fate or step.evaluated)
     if not (arrived or forwards or unseen) or not _holds_gates(optimizer, recorder, with_gradients=unseen):
         return
-    step.forwards, step.arrived = 0, False
+    tally(recorder, clear=True)
     if not arrived:
         recorder.advice.lost(type(recorder.model).__name__, forwards, unseen)
+
+
+def tally(recorder: Recorder, clear: bool = False) -> tuple[int, bool]:
+    """Training forwards since the last optimizer step, and whether a backward has reached the term of one."""
+    steps = [one.step for one in (recorder, *recorder.threads.values())]  # those of DataParallel's replicas
+    found = sum(step.forwards for step in steps), any(step.arrived for step in steps)
+    for step in steps if clear else ():
+        step.forwards, step.arrived = 0, False
+    return found
 
 
 def _holds_gates(optimizer: torch.optim.Optimizer, recorder: Recorder, with_gradients: bool) -> bool:

@@ -14,7 +14,9 @@ import distributed_accelerate
 import pytest
 from distributed_worker import names, run
 
-ENGINES = ["distributed_controllers", "distributed_ddp", "distributed_fsdp", "distributed_tp"]
+ENGINES = ["distributed_at_step", "distributed_controllers", "distributed_ddp", "distributed_fsdp", "distributed_tp"]
+
+ZERO = ["distributed_deepspeed", "distributed_zero_refuses"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float | str]:
 
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float | str]:
-    return run(["distributed_deepspeed"], tmp_path_factory.mktemp("zero"))
+    return run(ZERO, tmp_path_factory.mktemp("zero"))
 
 
 @pytest.mark.parametrize("name", [name for engine in ENGINES for name in names(engine)])
@@ -44,7 +46,7 @@ def test_more_processes_than_experts(three: dict[str, float | str], name: str) -
     assert three[name] < 1e-10
 
 
-@pytest.mark.parametrize("name", names("distributed_deepspeed"))
+@pytest.mark.parametrize("name", [name for module in ZERO for name in names(module)])
 def test_deepspeed(request: pytest.FixtureRequest, name: str) -> None:
     if importlib.util.find_spec("deepspeed") is None:  # no test dependency; importing it here would change this process
         pytest.skip("needs deepspeed")

@@ -2,12 +2,12 @@
 
     python -m benchmarks.cost
 
-The formulas are checked against the counts of a run (tests/benchmarks/test_cost_model.py): products of matrices exactly, bytes by the
-tensors that the large operations read and write. The estimate puts them on the roofline of a data sheet: each term takes
-the longer of its bytes over the bandwidth and its operations over the peak. It leaves out what a data sheet does not know:
-launches of kernels (a few dozen, whatever the number of gates), `eigh`, which on a GPU waits for itself and is not bound by
-either limit, what a kernel does inside beyond one read of its inputs and one write of its result, and efficiencies below one
-(those of the training step as well).
+The formulas are checked against the counts of a run (tests/benchmarks/test_cost_model.py): products of matrices exactly, bytes
+by the tensors that the large operations read and write. The estimate puts them on the roofline of a data sheet: each term
+takes the longer of its bytes over the bandwidth and its operations over the peak. It leaves out what a data sheet does not
+know: launches of kernels (a few dozen, whatever the number of gates), `eigh`, which on a GPU waits for itself and is not bound
+by either limit, what a kernel does inside beyond one read of its inputs and one write of its result, and efficiencies below
+one (those of the training step as well).
 """
 
 from __future__ import annotations

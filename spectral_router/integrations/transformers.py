@@ -93,9 +93,9 @@ class MoECallback(TrainerCallback, ExportableState):
         forwards, arrived = tally(handle, clear=True)
         if forwards and not arrived:
             raise RuntimeError(
-                f"the routers' term of {forwards} training forward(s) has had no backward: the loss is "
-                f"built elsewhere, and the term cannot be delivered at the steps of {type(optimizer).__name__}; add handle.loss() "
-                "to your loss after each forward"
+                f"the routers' term of {forwards} training forward(s) has had no backward: the loss is built elsewhere, "
+                f"and the term cannot be delivered at the steps of {type(optimizer).__name__}; add handle.loss() to your loss "
+                "after each forward"
             )
 
     def on_train_end(

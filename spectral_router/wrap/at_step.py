@@ -12,7 +12,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_tensor
+from torch.utils import _pytree as pytree
 
 from .._precision import full_precision
 from .._sharding import whole
@@ -80,7 +81,7 @@ class AtStep:
                 if linear:
                     tokens = whole(first_tokens(args, kwargs, gate.dim))
                     tokens = (tokens if gate.index is None else tokens[gate.index]).reshape(-1, gate.dim)
-                    linear = self._scored_plainly(tap, tokens, scores)
+                    linear = self._scored_plainly(tap, tokens, scores, output)
             if not linear or tokens is None:
                 recorder.advice.not_at_step(gate.name)
                 probs = scores if gate.probs is not None or gate.reads == "probs" else gate.score(scores)
@@ -90,12 +91,14 @@ class AtStep:
             if record:
                 tap.calls.append(Call(probs, tap.pull.weight, layout))
 
-    def _scored_plainly(self, tap: Tap, tokens: Tensor, scores: Tensor) -> bool:
+    def _scored_plainly(self, tap: Tap, tokens: Tensor, scores: Tensor, output: Any) -> bool:
         """Whether the gate's logits are W x + b, seen once a gate, in its first eager call."""
         if tap.plain is None and not torch.compiler.is_compiling():
+            tensors = [leaf for leaf in (tokens, *pytree.tree_leaves(output)) if is_tensor(leaf)]
+            half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
             again = tap.gate.logits(tokens)
             error = (again - scores.reshape_as(again)).abs().amax() / again.abs().amax().clamp_min(1e-30)
-            tap.plain = bool(error < (1e-3 if tokens.dtype in (torch.float32, torch.float64) else 5e-2))
+            tap.plain = bool(error < (5e-2 if half else 1e-3))
         return tap.plain is not False
 
     def _pull(self, tap: Tap, logits: Tensor, tokens: Tensor, layout: torch.Size) -> None:
@@ -114,11 +117,12 @@ class AtStep:
             with torch.enable_grad():
                 leaf = logits.detach().requires_grad_()
                 slope = torch.autograd.grad(value(leaf), leaf)[0]
-        slope = slope.reshape(-1, slope.shape[-1]).to(pull.weight.dtype)
-        pull.weight.add_(slope.mT @ tokens.to(slope.dtype))
-        if pull.bias is not None:
-            pull.bias.add_(slope.sum(0))
-        pull.count.add_(1)
+        with torch.no_grad():
+            slope = slope.reshape(-1, slope.shape[-1]).to(pull.weight.dtype)
+            pull.weight.add_(slope.mT @ tokens.to(slope.dtype))
+            if pull.bias is not None:
+                pull.bias.add_(slope.sum(0))
+            pull.count.add_(1)
 
     # at the step ------------------------------------------------------------------------------------------------------
 
@@ -210,6 +214,8 @@ class AtStep:
             if pull.bias is not None:
                 biases[number] = pull.bias * share
             pull.clear()
+            if not trainable(recorder.gates[number]):
+                del weights[number]
         return weights, biases
 
     @torch.no_grad()

@@ -61,7 +61,8 @@ def sources(gate: Gate, slope: Tensor, bias: Tensor | None) -> list[tuple[nn.Par
         if bias is not None:
             outputs.append(whole(gate.owner.bias))  # type: ignore[arg-type]
             slopes.append(bias.to(outputs[-1].dtype))
-        parts = torch.autograd.grad(outputs, leaves, slopes, allow_unused=True)
+        made = [(made, slope) for made, slope in zip(outputs, slopes, strict=True) if made.requires_grad]
+        parts = torch.autograd.grad([one for one, _ in made], leaves, [slope for _, slope in made], allow_unused=True)
     return [(leaf, part) for leaf, part in zip(leaves, parts, strict=True) if part is not None]
 
 

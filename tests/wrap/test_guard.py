@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from spectral_router import LoadBalanceLoss, SpectralRankPenalty, wrap_moe
 from spectral_router.functional import spectral_rank_penalty
 
+# dynamo's own, about tensors it looks at
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
 
 def test_a_term_without_a_backward_is_told_at_the_first_step() -> None:
     model = Wide()

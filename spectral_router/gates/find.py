@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .adapters import adapts, on_parameter, refuse_what_is_no_weight
 from .evidence import beside_experts, counts_beside, counts_in, matrices, shaped
 from .gate import Gate
+from .names import bare_name
 from .scoring import multiplied_from_left
 from .trial import observe
 
@@ -46,6 +47,14 @@ def find_gates(model: nn.Module) -> list[Gate]:
     >>> find_gates(nn.Sequential(Block(), Block()))
     [Gate('0.router', 4 experts x 16, softmax, output: logits), Gate('1.router', 4 experts x 16, softmax, output: logits)]
     """
+    gates = gates_by_path(model)
+    for gate in gates:
+        gate.name = bare_name(model, gate.name)
+    return gates
+
+
+def gates_by_path(model: nn.Module) -> list[Gate]:
+    """The same, named by their paths in the model, shells included."""
     search = _Search()
     gates: list[Gate] = []
     routers: set[int] = set()

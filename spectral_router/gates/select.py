@@ -12,7 +12,8 @@ from torch import nn
 
 from .._rules import flat, meets
 from .evidence import shaped
-from .find import Gate, find_gates, gate_in, gate_of, looks_like_gate
+from .find import Gate, gate_in, gate_of, gates_by_path, looks_like_gate
+from .names import bare_name
 
 # a name or its suffix, a regular expression for the full name, a module class, a predicate, a Gate; or several of them
 Selector = Union[str, "re.Pattern[str]", type[nn.Module], Callable[[str, nn.Module], bool], Gate, Iterable["Selector"]]
@@ -22,9 +23,11 @@ _TAKE = "gates and exclude take"
 
 
 def select_gates(model: nn.Module, gates: Selector | None, exclude: Selector | None) -> list[Gate]:
-    found = find_gates(model)
+    found = gates_by_path(model)
     with shaped(model):
         chosen = found if gates is None else _named(model, gates, found)
+    for gate in chosen:
+        gate.name = bare_name(model, gate.name)
     if exclude is not None:
         wanted = flat(exclude, _TAKE, "Gate objects", Gate)
         kept = [
@@ -36,10 +39,16 @@ def select_gates(model: nn.Module, gates: Selector | None, exclude: Selector | N
             raise ValueError(f"exclude={exclude!r} leaves none of the gates: {', '.join(gate.name for gate in chosen)}")
         chosen = kept
     _warn_of_quantised(model, chosen)
-    if not chosen:
+    if not chosen and (near := _gate_like(model)[:5]):
         raise ValueError(
-            f"no router gate found in {type(model).__name__}{_hint(_gate_like(model)[:5])}; name the gates with "
+            f"no router gate found in {type(model).__name__}{_hint(near)}; name the gates with "
             'gates=: a suffix such as "mlp.gate", a class, or Gate objects'
+        )
+    if not chosen:  # a pipeline stage of dense layers, and nothing that could be meant
+        warnings.warn(
+            f"no router gate in {type(model).__name__}, so nothing is added; if it has one, name it with gates=: a suffix such "
+            'as "mlp.gate", a class, or Gate objects',
+            stacklevel=4,
         )
     return chosen
 
@@ -64,7 +73,11 @@ def _named(model: nn.Module, gates: Selector, found: list[Gate]) -> list[Gate]:
                 raise ValueError(f"the module of Gate {rule.name!r} is not a part of {type(model).__name__}")
             matched = [rule]
         else:
-            names = [name for name, module in modules.items() if name and meets(rule, name, module, _TAKE)]
+            names = [
+                name
+                for name, module in modules.items()
+                if name and (meets(rule, name, module, _TAKE) or meets(rule, bare_name(model, name), module, _TAKE))
+            ]
             matched = [gate for name in names for gate in _at(name, modules, found)]
             if isinstance(rule, (str, re.Pattern)):
                 matched += _parameters(model, rule, modules, found)

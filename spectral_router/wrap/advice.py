@@ -81,6 +81,14 @@ class Advice:
                 "your loop computes its own loss, wrap with add_to_loss=False and add handle.loss()",
             )
 
+    def replaced(self, names: list[str]) -> None:
+        if names:
+            self.say(
+                "replaced",
+                f"these gates are no longer in the model, their modules were replaced since wrap_moe: {', '.join(names)}; "
+                "nothing is added for them: call handle.remove() and wrap_moe again, after the engine is set up",
+            )
+
     def after_first_forward(self, frozen: list[str], idle: list[str]) -> None:
         if frozen:
             self.say(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._sharding import whole
+
 if TYPE_CHECKING:
     from .recorder import Recorder
 
@@ -30,8 +32,24 @@ def followed(term: Tensor, recorder: Recorder) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.spectral_router.follow(term, recorder.number)
     _left(recorder)
-    term.register_hook(lambda _grad: _arrived(recorder))
-    return term
+    return _Followed.apply(term, recorder)
+
+
+class _Followed(torch.autograd.Function):
+    """Identity. A gradient that comes as a DTensor, from a loss that is one, goes on as a plain tensor, as the term is."""
+
+    @staticmethod
+    def forward(term: Tensor, recorder: Recorder) -> Tensor:
+        return term.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Recorder], output: Tensor) -> None:
+        ctx.recorder = weakref.ref(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _arrived(ctx.recorder())
+        return whole(grad), None
 
 
 def _left(recorder: Recorder | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,11 +14,11 @@ from ..balance.losses import LoadBalanceLoss
 from ..gates.select import Selector, select_gates
 from ..penalties.spectral_rank import SpectralRankPenalty
 from .handle import Balance, MoEHandle, Penalty
-from .hooks import AfterModel, AtGate, BeforeModel
+from .hooks import AfterModel, BeforeModel
 
 
 def wrap_moe(
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     optimizer: Any = None,
     *,
     penalty: Penalty | Literal["default"] | None = "default",
@@ -40,7 +41,8 @@ def wrap_moe(
 
     Args:
         optimizer: deliver the term at its steps instead of in the loss: `MoEHandle.attach`.
-        model: any module with router gates. Wrap the outermost module that is called, after PEFT and before `torch.compile`;
+        model: any module with router gates, or a list of the parts of one, as pipelines have it: each part's forward then
+            has the term of its own gates. Wrap the outermost module that is called, after PEFT and before `torch.compile`;
             before or after DDP, `fully_shard` and `deepspeed.initialize`, inside of whose shells the model itself is wrapped.
         penalty: reads weights: a callable (list of (experts, dim) tensors) -> scalar. "default" is a new
             `SpectralRankPenalty("initial", relative=True)`; None is none.
@@ -97,23 +99,31 @@ def wrap_moe(
     for name, part in (("penalty", penalty), ("balance", balance)):
         if part is not None and not callable(part):
             raise TypeError(f'{name} must be a callable, "default" or None, got {part!r}')
-    root, compiled = _inside(model)
-    if MoEHandle.of(root) is not None:
-        raise ValueError(f"{type(root).__name__} is wrapped already; call MoEHandle.of(model).remove() first")
+    shells = [model] if isinstance(model, nn.Module) else list(model)
+    if not shells or not all(isinstance(shell, nn.Module) for shell in shells):
+        raise TypeError(f"model must be a module, or a list of the modules that are its parts, got {model!r:.200}")
+    parts, compiled = zip(*map(_inside, shells), strict=True)
+    for part in parts:
+        if MoEHandle.of(part) is not None:
+            raise ValueError(f"{type(part).__name__} is wrapped already; call MoEHandle.of(model).remove() first")
+    root = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
     chosen = select_gates(root, gates, exclude)
-    _claim(penalty, root)
+    _claim(penalty, parts[0])
     _forget_compiled(root)
-    handle = MoEHandle(root, chosen, penalty, balance, penalty_coef, balance_coef, add_to_loss)
-    if compiled:
-        handle.advice.compiled([type(root).__name__])
-    handle.advice.at_wrapping(root, balance)
-    handle.registrations = [
-        root.register_forward_pre_hook(BeforeModel(handle), with_kwargs=True),
-        # first here too: the backward of the whole loss, the term included, is to pass the engines' hooks
-        root.register_forward_hook(AfterModel(handle), with_kwargs=True, always_call=True, prepend=True),
-        # first of the module's hooks: sharding engines free the weight in theirs
-        *(tap.gate.module.register_forward_hook(AtGate(handle, tap), with_kwargs=True, prepend=True) for tap in handle.taps),
-    ]
+    handle = MoEHandle(list(parts), chosen, penalty, balance, penalty_coef, balance_coef, add_to_loss)
+    if any(compiled):
+        handle.advice.compiled([type(part).__name__ for part, ran in zip(parts, compiled, strict=True) if ran])
+    for part in parts:
+        handle.advice.at_wrapping(part, balance)
+    handle.selectors = gates, exclude
+    handle.registrations = []
+    for number, part in enumerate(parts):
+        handle.registrations += [
+            part.register_forward_pre_hook(BeforeModel(handle, part=number), with_kwargs=True),
+            # first here too: the backward of the whole loss, the term included, is to pass the engines' hooks
+            part.register_forward_hook(AfterModel(handle, part=number), with_kwargs=True, always_call=True, prepend=True),
+        ]
+    handle.registrations += [handle.hook(tap) for tap in handle.taps]
     if optimizer is not None:
         handle.attach(optimizer)
     return handle

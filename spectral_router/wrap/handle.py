@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,14 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..gates.names import bare_text
+from ..gates.select import Selector, select_gates
 from .at_step import AtStep
 from .delivery import share_above
-from .hooks import Hook
+from .hooks import AtGate, Hook
 from .metrics import measure
 from .optimizer import check_optimizer
 from .recorder import Recorder
 from .state import restore, tensors
-from .step import Step
+from .step import Step, Tap
+from .weights import tied
 
 Penalty = Callable[[Sequence[Tensor]], Tensor]
 Balance = Callable[[Tensor, "Tensor | None"], Tensor]
@@ -36,6 +40,33 @@ class MoEHandle(Recorder):
 
     # unpickled in a new process, these raise torch's counter of hooks there, so that a later hook does not replace ours
     registrations: list[RemovableHandle]
+    selectors: tuple[Selector | None, Selector | None] = None, None  # which gates were asked for
+
+    def hook(self, tap: Tap) -> RemovableHandle:
+        # first of the module's hooks: sharding engines free the weight in theirs
+        return tap.gate.module.register_forward_hook(AtGate(self, tap), with_kwargs=True, prepend=True)
+
+    def find_replaced(self) -> None:
+        """Gates whose module an engine has put another one in the place of, since wrapping: hook that one, or say so."""
+        there = {id(module) for module in self.model.modules()}
+        gone = [tap for tap in self.taps if id(tap.gate.module) not in there]
+        if not gone:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                found = {gate.name: gate for gate in select_gates(self.model, *self.selectors)}
+            except (TypeError, ValueError):  # `Gate` objects of modules that are gone
+                found = {}
+        for tap in gone:
+            new = found.get(tap.gate.name)
+            if new is None or (new.num_experts, new.dim) != (tap.gate.num_experts, tap.gate.dim):
+                tap.gone = True
+                continue
+            self.gates[self.gates.index(tap.gate)] = tap.gate = new
+            self.registrations.append(self.hook(tap))
+        self.ties = tied(self.gates)
+        self.advice.replaced([tap.gate.name for tap in gone if tap.gone])
 
     @classmethod
     def of(cls, model: nn.Module) -> MoEHandle | None:
@@ -59,7 +90,7 @@ class MoEHandle(Recorder):
         """
         term, fate = self.step.term, self.step.fate
         if term is None and self.step.evaluated and not self.step.fate:
-            return torch.zeros((), device=self.gates[0].matrix.device)
+            return torch.zeros((), device=self.device)
         if term is None:
             why = (
                 f"the term of the last training forward {fate}"
@@ -157,8 +188,8 @@ class MoEHandle(Recorder):
         Raises:
             ValueError: the state is of other gates.
         """
-        here = {gate.name: (gate.num_experts, gate.dim) for gate in self.gates}
-        there = {name: tuple(shape) for name, shape in state["gates"].items()}
+        here = {bare_text(gate.name): (gate.num_experts, gate.dim) for gate in self.gates}
+        there = {bare_text(name): tuple(shape) for name, shape in state["gates"].items()}
         if here != there:
             different = [name for name in here | there if here.get(name) != there.get(name)]
             raise ValueError(f"the state is of other gates than this handle's; they differ in {', '.join(different)}")

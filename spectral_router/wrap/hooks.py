@@ -14,21 +14,22 @@ from .step import Tap
 class Hook:
     """A hook that knows its handle, and at a gate what is noted there."""
 
-    def __init__(self, handle: Recorder, tap: Tap | None = None) -> None:
+    def __init__(self, handle: Recorder, tap: Tap | None = None, part: int = 0) -> None:
         self.handle = handle
         self.tap = tap
+        self.part = part
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         # A copy of the whole model gets a handle of its own. A copy of a part is an adapter library's: it reports to this one.
         if id(self.handle.model) not in memo:
             return self
-        return type(self)(copy.deepcopy(self.handle, memo), copy.deepcopy(self.tap, memo))
+        return type(self)(copy.deepcopy(self.handle, memo), copy.deepcopy(self.tap, memo), self.part)
 
 
 class BeforeModel(Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         handle = self.handle.of_this_thread() if _is_replica(module) else self.handle
-        handle.begin(args, kwargs)
+        handle.begin(self.part, args, kwargs)
 
 
 class AfterModel(Hook):

@@ -21,6 +21,7 @@ class Objective:
     """The term of equation 7 for the gates of one model, and what was measured when it was last computed."""
 
     taps: list[Tap]
+    part: int | None = None  # of a model in several parts: the one whose forward runs; None: all are meant
 
     def __init__(
         self,
@@ -56,9 +57,13 @@ class Objective:
         """Whether the balance loss, as it is now, is called with logits."""
         return getattr(self._balance, "reads", "probs") == "logits"
 
+    @property
+    def device(self) -> torch.device:
+        return self.gates[0].matrix.device if self.gates else torch.device("cpu")
+
     def total(self, calls: list[tuple[int, Call]], arguments: Mapping[str, Any]) -> Tensor | None:
         """The term of one forward; None if nothing is in it."""
-        device = calls[0][1].weight.device if calls else self.gates[0].matrix.device
+        device = calls[0][1].weight.device if calls else self.device
         parts: list[Tensor] = []
         with full_precision(device):
             # of several calls the first one with a graph
@@ -71,7 +76,7 @@ class Objective:
 
     def measured(self, calls: list[tuple[int, Call]], arguments: Mapping[str, Any]) -> list[Tensor]:
         """The balance loss of each call; their values and the experts' shares are kept for the metrics."""
-        self.balances = {}
+        self.balances = {number: balance for number, balance in self.balances.items() if not self._runs(number)}
         found = []
         for number, call in calls:
             if call.scores is None:
@@ -88,8 +93,12 @@ class Objective:
         return found
 
     def learning(self) -> list[bool]:
-        """For each matrix, tied ones being one, whether it learns."""
-        return [trainable(self.gates[group[0]]) for group in self.ties]
+        """For each matrix, tied ones being one, whether it learns, in the part that runs."""
+        return [self._runs(group[0]) and trainable(self.gates[group[0]]) for group in self.ties]
+
+    def _runs(self, number: int) -> bool:
+        tap = self.taps[number]
+        return not tap.gone and (self.part is None or tap.part == self.part)
 
     def penalty_of(self, seen: dict[int, Tensor]) -> Tensor | None:
         """The penalty of all gates that learn, of the weights seen in a forward and of the others as they are."""

@@ -33,7 +33,7 @@ class Recorder(Objective):
 
     def __init__(
         self,
-        model: nn.Module,
+        parts: list[nn.Module],
         gates: list[Gate],
         penalty: Callable[[Sequence[Tensor]], Tensor] | None,
         balance: Callable[[Tensor, Tensor | None], Tensor] | None,
@@ -42,15 +42,20 @@ class Recorder(Objective):
         add_to_loss: bool,
     ) -> None:
         super().__init__(gates, penalty, balance, penalty_coef, balance_coef)
-        self.model = model
+        self.parts = parts
+        self.model = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
         self.add_to_loss = add_to_loss
         self.attached = True
         self.advice = Advice()
-        two_sided = "decoder_input_ids" in argument_names(model)
-        self.taps = [Tap(gate, two_sided and "decoder" in gate.name.split(".")) for gate in gates]
+        self.names = [argument_names(part) for part in parts]
+        places = [{id(module) for module in part.modules()} for part in parts]
+        within = [next((i for i, place in enumerate(places) if id(gate.module) in place), 0) for gate in gates]
+        self.taps = [
+            Tap(gate, "decoder_input_ids" in self.names[part] and "decoder" in gate.name.split("."), part)
+            for gate, part in zip(gates, within, strict=True)
+        ]
         self.step = Step(self.taps)
         self.at_step: AtStep | None = None  # where the term goes to the optimizer's step
-        self._names = argument_names(model)
         self.threads: dict[int, Recorder] = {}
         self._start()
 
@@ -72,17 +77,22 @@ class Recorder(Objective):
         mine = self.threads.get(get_ident())
         if mine is None:
             mine = self.threads[get_ident()] = copy.copy(self)
-            mine.taps = [Tap(copy.copy(tap.gate), tap.decoding) for tap in self.taps]
+            mine.taps = [Tap(copy.copy(tap.gate), tap.decoding, tap.part) for tap in self.taps]
             mine.gates = [tap.gate for tap in mine.taps]
             mine.step = Step(mine.taps)
             unwatch(mine)
         return mine
 
+    def find_replaced(self) -> None: ...
+
     # one forward ------------------------------------------------------------------------------------------------------
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        step = self.step
-        step.open = self.attached and self.model.training and torch.is_grad_enabled()
+    def begin(self, part: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        step, root = self.step, self.parts[part]
+        step.root = root
+        step.open = self.attached and root.training and torch.is_grad_enabled()
+        if step.open and not torch.compiler.is_compiling() and self.advice.once("places"):
+            self.find_replaced()
         step.evaluated = not step.open
         if not step.open:
             step.fate = step.fate if step.term is not None else ""
@@ -92,7 +102,8 @@ class Recorder(Objective):
         step.term, step.fate, step.shared = None, "", False
         for tap in self.taps:
             tap.calls = []
-        step.arguments = by_name(self._names, args, kwargs)
+        step.arguments = by_name(self.names[part], args, kwargs)
+        self.part = part if len(self.parts) > 1 else None
 
     def at_gate(self, tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         with_graph = torch.is_grad_enabled()
@@ -127,7 +138,13 @@ class Recorder(Objective):
     def finish(self, output: Any) -> Any:
         step = self.step
         if not step.open:
-            if step.evaluated and self.attached and not self.model.training and torch.is_grad_enabled():
+            if (
+                step.evaluated
+                and self.attached
+                and step.root is not None
+                and not step.root.training
+                and torch.is_grad_enabled()
+            ):
                 self._look_at_evaluation(output)
             return None
         calls = [(number, call) for number, tap in enumerate(self.taps) for call in tap.calls]
@@ -136,7 +153,15 @@ class Recorder(Objective):
         for tap in self.taps:
             tap.calls = []
         if output is None:  # an exception passed by
+            self.part = None
             return None
+        try:
+            return self._deliver(output, calls, arguments)
+        finally:
+            self.part = None
+
+    def _deliver(self, output: Any, calls: list[tuple[int, Call]], arguments: dict[str, Any]) -> Any:
+        step = self.step
         if not torch.compiler.is_compiling():
             self._look_round(calls, arguments)
         if self.at_step is not None and self.at_step.alone:
@@ -146,36 +171,36 @@ class Recorder(Objective):
         loss = loss_of(output) if self.add_to_loss else None
         term = self._term(calls, arguments)
         if term is None and loss is None and not (self.penalty is None and self.balance is None):
-            device = calls[0][1].weight.device if calls else self.gates[0].matrix.device
-            term = torch.zeros((), device=device)  # every gate is frozen: a loop that adds the term goes on
+            # every gate is frozen: a loop that adds the term goes on
+            term = torch.zeros((), device=calls[0][1].weight.device if calls else self.device)
         if term is None:
             step.fate = "has nothing in it: no gate ran that learns"
             return None
+        term = followed(term, self)
         if loss is None:
-            step.fate = "is open"
-            step.term = followed(term, self)
+            step.term, step.fate = term, "is open"
             return None
-        total = followed(loss + term.to(loss), self)
         step.fate = "is in the loss that the model returned"
         if not torch.compiler.is_compiling():
             step.without_backward += 1
-        return with_loss(output, total)
+        return with_loss(output, loss + term.to(loss))
 
     def _term(self, calls: list[tuple[int, Call]], arguments: dict[str, Any]) -> Tensor | None:
         total = self.total(calls, arguments)
         if total is None:
             return None
-        share = share_of_step(self.model, arguments)
+        share = share_of_step(self.step.root or self.model, arguments)
         self.step.shared = isinstance(share, Tensor)
         return total * (share.to(total.device) if isinstance(share, Tensor) else share)
 
     def _look_round(self, calls: list[tuple[int, Call]], arguments: dict[str, Any]) -> None:
-        if self.advice.once("first forward"):
+        if self.advice.once(f"first forward of {self.part}"):
             if arguments.get("output_router_logits"):
                 self.advice.own_loss(self.model, self.balance)
             ran = {number for number, _ in calls}
-            frozen = [gate.name for gate in self.gates if not trainable(gate)]
-            idle = [gate.name for i, gate in enumerate(self.gates) if i not in ran and gate.name not in frozen]
+            mine = [i for i in range(len(self.gates)) if self._runs(i)]
+            frozen = [self.gates[i].name for i in mine if not trainable(self.gates[i])]
+            idle = [self.gates[i].name for i in mine if i not in ran and self.gates[i].name not in frozen]
             self.advice.after_first_forward(frozen, idle)
 
     def _look_at_evaluation(self, output: Any) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..gates.gate import Gate
 
@@ -48,18 +48,20 @@ class Tap:
 
     gate: Gate
     decoding: bool = False  # a gate of the decoder of a model with two sides
+    part: int = 0  # of a model in several parts: the one it is in
     calls: list[Call] = field(default_factory=list)  # of the forward that runs
     deferred: list[StandIns] = field(default_factory=list)
     taken: int = 0  # how many stand-ins have been run again
     seen: bool = False  # it has been recorded once
+    gone: bool = False  # its module is no longer in the model
     plain: bool | None = None  # its logits are W x + b; None: not seen yet
     pull: Pull | None = None  # where the term goes to the optimizer's step
 
     def __getstate__(self) -> dict[str, Any]:  # nothing of a step is copied or saved
-        return {"gate": self.gate, "decoding": self.decoding, "seen": self.seen}
+        return {"gate": self.gate, "decoding": self.decoding, "part": self.part, "seen": self.seen}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["gate"], state["decoding"], seen=state["seen"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
 
 @dataclass
@@ -68,6 +70,7 @@ class Step:
 
     taps: list[Tap] = field(default_factory=list)
     open: bool = False  # the model's forward is running, in training
+    root: nn.Module | None = None  # the model, or the part of it, whose forward was the last
     arguments: dict[str, Any] = field(default_factory=dict)
     term: Tensor | None = None  # waits for handle.loss()
     fate: str = ""  # what became of the last term

@@ -138,9 +138,17 @@ def test_exclude_that_matches_nothing_names_the_gates() -> None:
         wrap_moe(mixtral(), exclude="nothing")
 
 
-def test_no_gate_in_the_model() -> None:
-    with pytest.raises(ValueError, match=r"no router gate found in Sequential.*name the gates with gates="):
-        wrap_moe(nn.Sequential(nn.Linear(4, 4)))
+def test_no_gate_in_the_model_and_nothing_like_one() -> None:
+    """A pipeline stage of dense layers: told, and the loop goes on."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.warns(
+        UserWarning, match=r"no router gate in Sequential, so nothing is added; if it has one, name it with gates="
+    ):
+        handle = wrap_moe(model)
+    model(torch.randn(2, 4)).sum().backward()
+    assert handle.loss() == 0
+    assert handle.metrics() == {}
+    assert handle.state_dict()["gates"] == {}
 
 
 def test_gate_like_modules_are_hinted_at() -> None:

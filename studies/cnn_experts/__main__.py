@@ -1,4 +1,4 @@
-"""`python -m examples.cnn_experts`"""
+"""`python -m studies.cnn_experts`"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two papers' claims about penalties on weights, put to the test: `python -m examples.regularizers norm` and `energy`.
+"""Two papers' claims about penalties on weights, put to the test: `python -m studies.regularizers norm` and `energy`.
 
 norm      Yoshida & Miyato, arXiv:1705.10941: spectral norm regularization gives a smaller gap between training and test, and
           less sensitivity to the input, than no penalty and than weight decay.

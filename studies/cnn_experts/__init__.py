@@ -1,4 +1,4 @@
-"""Convolutional experts in a ResNet-18 (arXiv:2204.10598): `python -m examples.cnn_experts --help`.
+"""Convolutional experts in a ResNet-18 (arXiv:2204.10598): `python -m studies.cnn_experts --help`.
 
 config   every flag, the arms, and their rules           study    all arms and seeds, saved as it goes
 model    ResNet-18, one stage of it a mixture, gates     claims   the paper's claims, and a verdict on each

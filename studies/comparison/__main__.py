@@ -1,4 +1,4 @@
-"""`python -m examples.comparison`"""
+"""`python -m studies.comparison`"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULTS = {"layers": 4, "experts": 4, "seeds": 5}
 
 def parse(arguments: list[str] | None = None) -> tuple[Config, Options, list[str], int]:
     flags = parser(
-        "python -m examples.comparison",
+        "python -m studies.comparison",
         "Train the network of examples.image_classification with every penalty, balance loss and controller of the library, "
         "each at a strength chosen on validation images, and leave one table and one picture in --out.",
     )

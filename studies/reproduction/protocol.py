@@ -17,7 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PROTOCOL = Path(__file__).parents[1] / "image_classification" / "study.toml"
+PROTOCOL = Path(__file__).with_name("study.toml")
 STAGES = ("sweep", "main", "second", "confirm", "failure")  # in the order in which they run
 Protocol = dict[str, Any]
 Settings = dict[str, Any]  # fields of Config

@@ -1,4 +1,4 @@
-"""`python -m examples.reproduction run` and `python -m examples.reproduction page`"""
+"""`python -m studies.reproduction run` and `python -m studies.reproduction page`"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import page, protocol, run, saved
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    flags = parser("python -m examples.reproduction", "The reproduction study: its runs, and the page that shows them.")
+    flags = parser("python -m studies.reproduction", "The reproduction study: its runs, and the page that shows them.")
     commands = flags.add_subparsers(dest="command", required=True)
     running = commands.add_parser(
         "run",

@@ -1,4 +1,4 @@
-"""`python -m examples.regularizers norm` and `python -m examples.regularizers energy`"""
+"""`python -m studies.regularizers norm` and `python -m studies.regularizers energy`"""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class Config:
 
 def parse(arguments: list[str] | None = None) -> tuple[Config, Options]:
     flags = parser(
-        "python -m examples.cnn_experts",
+        "python -m studies.cnn_experts",
         "Train a ResNet-18 with one stage replaced by sparsely gated convolutional experts (arXiv:2204.10598), "
         "under soft and hard constraints on the gate; leave tables, verdicts on the paper's claims, pictures and results.json "
         "in --out.",

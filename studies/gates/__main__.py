@@ -1,8 +1,8 @@
 """Does `wrap_moe` find every gate of every model here, read it right and leave the model alone? A table of the answers.
 
-python -m survey                     # all models, about two minutes
-python -m survey mixtral deepspeed   # some
-python -m survey --markdown docs/gates_found.md
+python -m studies.gates                     # all models, about two minutes
+python -m studies.gates mixtral deepspeed   # some
+python -m studies.gates --markdown docs/gates_found.md
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def table(findings: Sequence[Finding]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m survey", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m studies.gates", description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", help="names of models; default: all")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table there")
     arguments = parser.parse_args()

@@ -88,7 +88,7 @@ class Config:
 
 def parse(arguments: list[str] | None = None) -> tuple[Config, Options]:
     flags = parser(
-        "python -m examples.regularizers",
+        "python -m studies.regularizers",
         "Train small networks with and without a penalty on their weights, and say which claims of the papers the paired "
         "differences over seeds show. Leaves tables.md, figures and results.json in --out.",
     )

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from examples.image_classification import routing
-from examples.image_classification.data import as_float
-from examples.image_classification.train import accuracy, to_layout
+from examples.image_classification.data import as_float, to_layout
+from examples.image_classification.evaluate import accuracy
 from spectral_router.functional import load_balance_loss
 
 from .model import Network, Routed, parameters

@@ -11,7 +11,7 @@ import torch
 from rich.progress import Progress
 
 from examples.image_classification.data import ImageSet, Split, digest, split
-from examples.image_classification.study import move, read
+from examples.image_classification.experiment import move, read
 from examples.shared.command import ExperimentError, Options
 from examples.shared.progress import bars, console
 from examples.shared.runs import interval, prepare, versions

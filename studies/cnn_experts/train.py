@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.image_classification.data import ImageSet, Split, as_float, augment
-from examples.image_classification.train import accuracy, mixed_precision, to_layout
+from examples.image_classification.data import ImageSet, Split, as_float, augment, to_layout
+from examples.image_classification.evaluate import accuracy
+from examples.image_classification.model import mixed_precision
 from examples.shared.storage import load_checkpoint, save_checkpoint
 from spectral_router import ImportanceConstraint, ImportanceKLLoss, LoadBalanceLoss
 

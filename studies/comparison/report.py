@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from examples.image_classification.plasticity import interference
 from examples.shared.runs import interval
 from examples.shared.storage import write_atomically
+from studies.oneshot.plasticity import interference
 
 HEAD = (
     "arm",

@@ -14,24 +14,15 @@ from rich.progress import Progress
 from benchmarks._harness import interleave, ratio
 from examples.image_classification import oneshot, routing
 from examples.image_classification.config import Config
-from examples.image_classification.data import ImageSet, Split, as_float, digest, split
-from examples.image_classification.plasticity import interference
-from examples.image_classification.study import move, read
-from examples.image_classification.train import (
-    Trained,
-    accuracy,
-    build,
-    forward,
-    predict,
-    spectra,
-    to_layout,
-    train,
-    train_step,
-)
+from examples.image_classification.data import ImageSet, Split, as_float, digest, split, to_layout
+from examples.image_classification.evaluate import accuracy, predict, spectra
+from examples.image_classification.experiment import move, read
+from examples.image_classification.train import Trained, build, forward, train, train_step
 from examples.shared.command import Options
 from examples.shared.progress import bars, console
 from examples.shared.runs import prepare, versions
 from examples.shared.storage import read_json, write_json
+from studies.oneshot.plasticity import interference
 
 from .arms import ARMS, REFERENCE
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.image_classification.data import ImageSet, as_float
-from examples.image_classification.train import accuracy, mixed_precision, to_layout
+from examples.image_classification.data import ImageSet, as_float, to_layout
+from examples.image_classification.evaluate import accuracy
+from examples.image_classification.model import mixed_precision
 from spectral_router.functional import hyperspherical_energy, spectral_norm
 
 from .config import Config

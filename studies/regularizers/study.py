@@ -12,7 +12,7 @@ import torch
 from rich.progress import Progress
 
 from examples.image_classification.data import ImageSet, digest
-from examples.image_classification.study import move, read
+from examples.image_classification.experiment import move, read
 from examples.shared.command import Options
 from examples.shared.progress import bars, console
 from examples.shared.runs import interval, prepare, versions

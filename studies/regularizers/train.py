@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.image_classification.data import ImageSet, as_float
-from examples.image_classification.train import mixed_precision, to_layout
+from examples.image_classification.data import ImageSet, as_float, to_layout
+from examples.image_classification.model import mixed_precision
 
 from .arms import ARMS, penalty, terms
 from .config import Config

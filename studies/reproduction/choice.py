@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
-from examples.image_classification.plasticity import interference
+from studies.oneshot.plasticity import interference
 
 from .protocol import Protocol, Settings, label, rule_of, sweep_arms
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from examples.image_classification.config import Config
-from examples.image_classification.stacked import Rule
 from examples.shared.command import ExperimentError
+from studies.oneshot.stacked import Rule
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -19,13 +19,14 @@ from rich.progress import Progress
 from examples.image_classification import oneshot, routing
 from examples.image_classification.config import Config
 from examples.image_classification.data import ImageSet, Split, digest, split
-from examples.image_classification.stacked import adapt_stacked
-from examples.image_classification.study import move, read
-from examples.image_classification.train import Trained, accuracy, predict, spectra, train
+from examples.image_classification.evaluate import accuracy, predict, spectra
+from examples.image_classification.experiment import move, read
+from examples.image_classification.train import Trained, train
 from examples.shared.command import ExperimentError
 from examples.shared.progress import bars, console
 from examples.shared.runs import versions
 from examples.shared.storage import read_json, write_json
+from studies.oneshot.stacked import adapt_stacked
 
 from . import choice
 from .protocol import STAGES, Protocol, Run, Settings, runs

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import StatisticsError, correlation, fmean, stdev
 from typing import Any, NamedTuple
 
-from examples.image_classification.plasticity import interference
 from examples.shared.runs import interval
+from studies.oneshot.plasticity import interference
 
 from . import choice
 

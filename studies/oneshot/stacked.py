@@ -19,15 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from examples.image_classification.config import Config
+from examples.image_classification.data import ImageSet, Split, as_float, to_layout
+from examples.image_classification.evaluate import in_batches
+from examples.image_classification.model import SRMoE, mixed_precision
+from examples.image_classification.objective import Objective
+from examples.image_classification.oneshot import Record, update_batch
+from examples.image_classification.train import Trained
 from examples.shared.command import ExperimentError
 from spectral_router import RouterOutput
 
-from .config import Config
-from .data import ImageSet, Split, as_float
-from .model import SRMoE
-from .oneshot import Record, update_batch
 from .stack import Stack
-from .train import Objective, Trained, in_batches, mixed_precision, to_layout
 
 # Copies updated together, pairs of copy and image in one forward: on a CPU what its cache holds.
 COPIES = {"cpu": 8, "cuda": 64}

@@ -17,7 +17,8 @@ from examples.shared.storage import read_json, write_json
 from . import oneshot, routing
 from .config import Config
 from .data import ImageSet, Split, digest, load, split
-from .train import Trained, accuracy, predict, spectra, train
+from .evaluate import accuracy, predict, spectra
+from .train import Trained, train
 
 
 def run(config: Config, options: Options) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .model import Experts
+from examples.image_classification.model import Experts
 
 
 class Stack(NamedTuple):

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.image_classification.config import Config
-from examples.image_classification.data import ImageSet
-from examples.image_classification.model import Experts, SRMoE
-from examples.image_classification.train import Objective, build, mixed_precision, to_layout
+from examples.image_classification.data import ImageSet, to_layout
+from examples.image_classification.model import Experts, SRMoE, mixed_precision
+from examples.image_classification.objective import Objective
+from examples.image_classification.train import build
 
 from ._harness import Report, device, interleave, parser, progress, publish, show_ms, show_ratio
 

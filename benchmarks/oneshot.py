@@ -17,8 +17,8 @@ import torch
 from examples.image_classification.config import Config
 from examples.image_classification.data import ImageSet, Split, load, split
 from examples.image_classification.oneshot import Record, adapt
-from examples.image_classification.stacked import Rule, adapt_stacked
 from examples.image_classification.train import Trained, build
+from studies.oneshot.stacked import Rule, adapt_stacked
 
 from ._harness import Report, device, interleave, parser, progress, publish, show_ms, show_ratio
 

@@ -71,7 +71,7 @@ def test_every_page_is_in_the_navigation_or_a_part_of_one() -> None:
 
 @pytest.mark.parametrize("page", RESULTS)
 def test_results_name_the_command_that_makes_them(page: str) -> None:
-    assert re.search(r"python -m (examples|benchmarks|survey)", TEXTS[f"docs/{page}.md"])
+    assert re.search(r"python -m (examples|studies|benchmarks)", TEXTS[f"docs/{page}.md"])
 
 
 def test_every_public_name_is_in_the_api() -> None:

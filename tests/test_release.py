@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 VERSION = spectral_router.__version__
 NAME = f"spectral_router-{VERSION}"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-FOLDERS = ("benchmarks", "docs", "examples", "spectral_router", "survey", "tests", ".ci", ".github")
+FOLDERS = ("benchmarks", "docs", "examples", "spectral_router", "studies", "tests", ".ci", ".github")
 PAGES = ("CITATION.cff", "LICENSE", "mkdocs.yml", "pyproject.toml", *(path.name for path in ROOT.glob("*.md")))
 
 

@@ -6,12 +6,12 @@ import sys
 
 from examples.shared.command import example
 
-from . import figures, report, study
+from . import experiment, figures, report
 from .config import parse
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return example(arguments, parse, study.run, report.write, figures.draw)
+    return example(arguments, parse, experiment.run, report.write, figures.draw)
 
 
 if __name__ == "__main__":

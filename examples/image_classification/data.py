@@ -101,6 +101,11 @@ def as_float(images: Tensor) -> Tensor:
     return images.float().div_(127.5).sub_(1)
 
 
+def to_layout(images: Tensor) -> Tensor:
+    """channels_last: what tensor cores want, and faster on the CPU too."""
+    return images.contiguous(memory_format=torch.channels_last)
+
+
 def augment(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     """Shift each image of a batch by up to an eighth of its side (edges repeated); "flip" also mirrors half of them."""
     if kind == "none":

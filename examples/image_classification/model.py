@@ -5,6 +5,9 @@ Shapes: B images, d width, h hidden width, K experts, L layers.
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +18,11 @@ from . import terms
 from .config import ROUTERS, Config, RouterSpec
 
 STEM_WIDTHS = (32, 64, 128)
+
+
+def mixed_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bf16 autocast on CUDA; plain float32 on the CPU, where results must repeat exactly."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class LinearRouter(nn.Module):

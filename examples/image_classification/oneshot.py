@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Config
-from .data import ImageSet, Split, as_float
-from .model import SRMoE
-from .train import Objective, Trained, accuracy, mixed_precision, predict, to_layout
+from .data import ImageSet, Split, as_float, to_layout
+from .evaluate import accuracy, predict
+from .model import SRMoE, mixed_precision
+from .objective import Objective
+from .train import Trained
 
 Record = dict[str, Any]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.image_classification import figures, study, train
+from examples.image_classification import experiment, figures, train
 from examples.image_classification.__main__ import main
 from examples.shared import storage
 
@@ -115,7 +115,7 @@ def test_stopped_after_an_epoch(whole, photos, tmp_path, monkeypatch, capsys, ca
 def test_stopped_after_a_oneshot_update(whole, photos, tmp_path, monkeypatch, calls):
     stopping = after(storage.write_json, calls, KeyboardInterrupt(), lambda path, _: path.parent.name == "parts")
     with monkeypatch.context() as patch:
-        patch.setattr(study, "write_json", stopping)
+        patch.setattr(experiment, "write_json", stopping)
         assert main(command(photos, tmp_path)) == 130
     assert main([*command(photos, tmp_path), "--resume"]) == 0
     assert files(tmp_path) == whole

@@ -1,12 +1,12 @@
-"""Made-up records in the form of `examples.reproduction.run.record`, to try the page on without a study."""
+"""Made-up records in the form of `studies.reproduction.run.record`, to try the page on without a study."""
 
 from __future__ import annotations
 
 import random
 from typing import Any
 
-from examples.reproduction import protocol
-from examples.reproduction.protocol import Run
+from studies.reproduction import protocol
+from studies.reproduction.protocol import Run
 
 RULES = protocol.read()["oneshot"]["rules"]
 SKILL = {"baseline": -3.0, "spectral": 1.0}  # points above or below the others

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.models import resnet18
 
-from examples.cnn_experts import model, train
-from examples.cnn_experts.config import ARMS, Config
+from studies.cnn_experts import model, train
+from studies.cnn_experts.config import ARMS, Config
 
 MIXTURES = [arm for arm in ARMS if ARMS[arm].moe]
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from examples.cnn_experts import claims, config, measure, model, report
-from examples.cnn_experts.__main__ import main
-from examples.cnn_experts.config import Config
+from studies.cnn_experts import claims, config, measure, model, report
+from studies.cnn_experts.__main__ import main
+from studies.cnn_experts.config import Config
 
 
 def test_figures_of_a_gate():

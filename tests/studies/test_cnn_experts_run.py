@@ -13,9 +13,9 @@ import torch
 from image_runs import CLASSES, make_photos
 from PIL import Image
 
-from examples.cnn_experts import config, figures, study, train
-from examples.cnn_experts.__main__ import main
-from examples.cnn_experts.config import ARMS
+from studies.cnn_experts import config, figures, study, train
+from studies.cnn_experts.__main__ import main
+from studies.cnn_experts.config import ARMS
 
 FLAGS = (
     "--samples-per-class=20 --epochs=3 --seeds=2 --batch-size=14 --width=4 --image-size=10 --experts=3 --top-k=2 --lr=0.01 "

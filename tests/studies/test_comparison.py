@@ -7,15 +7,15 @@ import re
 import pytest
 import torch
 
-from examples.comparison import report, run
-from examples.comparison.__main__ import main, parse
-from examples.comparison.arms import ARMS, REFERENCE
 from examples.image_classification import terms
 from examples.image_classification.config import ROUTERS, Config
 from examples.image_classification.data import ImageSet
-from examples.image_classification.plasticity import interference
 from examples.image_classification.terms import BALANCES, CONTROLLERS, INPLACE, PENALTIES
 from examples.shared.command import ExperimentError
+from studies.comparison import report, run
+from studies.comparison.__main__ import main, parse
+from studies.comparison.arms import ARMS, REFERENCE
+from studies.oneshot.plasticity import interference
 
 TINY = (
     *("--classes", "3", "5", "--samples-per-class=24", "--novel=1", "--layers=2", "--experts=2", "--epochs=2", "--seeds=2"),

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples.regularizers import figures, report, study
-from examples.regularizers.__main__ import main
-from examples.regularizers.arms import ARMS
-from examples.regularizers.claims import CLAIMS
-from examples.regularizers.config import parse
 from examples.shared import storage
+from studies.regularizers import figures, report, study
+from studies.regularizers.__main__ import main
+from studies.regularizers.arms import ARMS
+from studies.regularizers.claims import CLAIMS
+from studies.regularizers.config import parse
 
 FLAGS = (
     "--train-per-class=4 --val-per-class=3 --epochs=2 --batch-size=4 --widths 4 5 --image-size=12 --seeds=2 --lr=0.02 "

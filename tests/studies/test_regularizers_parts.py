@@ -10,14 +10,14 @@ from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from examples.image_classification.data import ImageSet, as_float
-from examples.regularizers import measure
-from examples.regularizers.arms import ARMS, penalty, terms
-from examples.regularizers.claims import CLAIMS, Claim, judge, paired, sign_test, t_test, verdict
-from examples.regularizers.config import parse
-from examples.regularizers.data import split
-from examples.regularizers.study import best
-from examples.regularizers.train import batches, build, coefficient, optimizer_for, train
 from spectral_router.functional import hyperspherical_energy
+from studies.regularizers import measure
+from studies.regularizers.arms import ARMS, penalty, terms
+from studies.regularizers.claims import CLAIMS, Claim, judge, paired, sign_test, t_test, verdict
+from studies.regularizers.config import parse
+from studies.regularizers.data import split
+from studies.regularizers.study import best
+from studies.regularizers.train import batches, build, coefficient, optimizer_for, train
 
 SMALL = "--train-per-class=6 --val-per-class=4 --epochs=2 --batch-size=6 --widths 4 5 6 --seeds=1 --noise 0.5"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from examples.image_classification.config import Config
-from examples.reproduction import choice, protocol, run, saved
-from examples.reproduction.__main__ import main
 from examples.shared.command import ExperimentError
+from studies.reproduction import choice, protocol, run, saved
+from studies.reproduction.__main__ import main
 
 TINY = """
 [settings]
@@ -196,7 +196,7 @@ def test_a_run_alone_gives_what_it_gave_among_others(tiny, tmp_path):
     command = ["run", "--protocol", str(tiny), "--stages", "main"]
     assert main([*command, "--out", str(tmp_path / "all")]) == 0
     alone = [*command, "--out", str(tmp_path / "one"), "--only", "spectral.seed1"]
-    subprocess.run([sys.executable, "-m", "examples.reproduction", *alone], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "studies.reproduction", *alone], check=True, capture_output=True)
     name = "parts/main.digits-2x2.spectral.seed1.json"
     first, second = (json.loads((tmp_path / folder / name).read_text()) for folder in ("all", "one"))
     for record in (first, second):

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import reproduction_records as made_up
 
-from examples.reproduction import answers, cells, failing, headlines, parts, posthoc, printed, routing, sweep
-from examples.reproduction import statistics as stats
+from studies.reproduction import answers, cells, failing, headlines, parts, posthoc, printed, routing, sweep
+from studies.reproduction import statistics as stats
 
 
 @pytest.fixture(scope="module")

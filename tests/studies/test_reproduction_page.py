@@ -6,11 +6,11 @@ import re
 import pytest
 import reproduction_records as made_up
 
-from examples.reproduction import failing, figures, page, saved, stages
-from examples.reproduction import statistics as stats
-from examples.reproduction.answers import sections as answered
-from examples.reproduction.cells import chance, gap, level
-from examples.reproduction.tables import PAIRS, PRINTED, differences, main_table
+from studies.reproduction import failing, figures, page, saved, stages
+from studies.reproduction import statistics as stats
+from studies.reproduction.answers import sections as answered
+from studies.reproduction.cells import chance, gap, level
+from studies.reproduction.tables import PAIRS, PRINTED, differences, main_table
 
 RULE = {"name": "a", "scope": "all", "optimizer": "sgd", "rates": [0.1, 0.2], "plasticity": 0.2}
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from oneshot_network import trained
 
-from examples.image_classification import oneshot, stacked, train
+from examples.image_classification import evaluate, oneshot, train
 from examples.image_classification.config import Config
 from examples.image_classification.data import ImageSet, Split
-from examples.image_classification.stacked import Rule, adapt_stacked
 from examples.shared.command import ExperimentError
+from studies.oneshot import stacked
+from studies.oneshot.stacked import Rule, adapt_stacked
 
 CONFIG = Config(layers=2, experts=3, dim=8, hidden=6, novel=2, anchor=5, batch_size=8, epochs=2, alpha=0.3, beta=0.7)
 # rates at which updates flip some of the images held out
@@ -104,7 +105,7 @@ def test_the_sizes_of_the_chunks_change_nothing(data, split, monkeypatch):
     done = trained(CONFIG, "spectral", data, split)
     whole = adapt_stacked(CONFIG, 0, done, data, split, RULES)
     # uneven chunks: of copies 4 + 2, of their forward one copy with 7 images, of the stem fewer images than an update has
-    for module, name, size in ((stacked, "COPIES", 4), (stacked, "PAIRS", 7), (train, "PIXELS", 4 * 16 * 16)):
+    for module, name, size in ((stacked, "COPIES", 4), (stacked, "PAIRS", 7), (evaluate, "PIXELS", 4 * 16 * 16)):
         monkeypatch.setitem(getattr(module, name), "cpu", size)
     for ours, theirs in zip(adapt_stacked(CONFIG, 0, done, data, split, RULES), whole, strict=True):
         same(ours, theirs)

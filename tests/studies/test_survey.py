@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from spectral_router import Gate, find_gates
-from survey import CASES, GROUPS, NEGATIVES, TRANSFORMERS
-from survey.__main__ import examine
+from studies.gates import CASES, GROUPS, NEGATIVES, TRANSFORMERS
+from studies.gates.__main__ import examine
 
 ROOT = Path(__file__).parents[2]
 # of other people's modules
@@ -55,7 +55,7 @@ def test_the_table_in_the_documentation_is_of_these_models() -> None:
 
 
 def test_command_prints_the_table_and_names_unknown_models() -> None:
-    command = [sys.executable, "-m", "survey", "linear_gate"]
+    command = [sys.executable, "-m", "studies.gates", "linear_gate"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "| linear_gate | built like | 2 / 2 | 0 | yes |" in done.stdout

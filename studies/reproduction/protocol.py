@@ -1,0 +1,140 @@
+"""study.toml -> the runs of each stage."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from examples.image_classification.config import Config
+from examples.shared.command import ExperimentError
+from studies.oneshot.stacked import Rule
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PROTOCOL = Path(__file__).with_name("study.toml")
+STAGES = ("sweep", "main", "second", "confirm", "failure")  # in the order in which they run
+Protocol = dict[str, Any]
+Settings = dict[str, Any]  # fields of Config
+
+
+class Run(NamedTuple):
+    """One network: what it is part of, how it is trained, what it is then asked."""
+
+    stage: str
+    phase: str
+    arm: str
+    seed: int
+    config: Config  # of one router
+    rules: list[Rule]
+    within: str  # the images that accuracy and delta are of, test or val
+
+    @property
+    def name(self) -> str:
+        """What its files are called; unique."""
+        parts = (self.stage, self.phase, self.arm.replace("+", "-and-"), f"seed{self.seed}")
+        return ".".join(re.sub(r"[^\w.+-]+", "-", part).strip("-") for part in parts)
+
+
+def read(path: Path = PROTOCOL) -> Protocol:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ExperimentError(f"--protocol must be a readable TOML file, got {path}: {error}") from None
+
+
+def runs(protocol: Protocol, stage: str, places: dict[str, str], arms: dict[str, Settings] | None = None) -> list[Run]:
+    """The runs of a stage, seed by seed, so that a stage that is cut short has whole seeds.
+
+    `places` says where the data are that the protocol only names, {"photos": folder}; phases on other unnamed data are left
+    out. `arms` are the arms of the stages that depend on earlier ones, second and confirm.
+    """
+    made = [
+        _run(protocol, stage, phase, name, seed, settings, places)
+        for phase, seed, name, settings in _cells(protocol, stage, arms)
+        if _place(protocol, phase, places) is not None
+    ]
+    for one in made:
+        one.config.validate()
+    return made
+
+
+def rule_of(protocol: Protocol, name: str) -> dict[str, Any]:
+    """The update rule of that name."""
+    return next(dict(rule) for rule in protocol["oneshot"]["rules"] if rule["name"] == name)
+
+
+def phases(protocol: Protocol) -> dict[str, Settings]:
+    return dict(protocol["main"]["phases"])
+
+
+def _cells(protocol: Protocol, stage: str, arms: dict[str, Settings] | None) -> Iterator[tuple[str, int, str, Settings]]:
+    """(phase, seed, arm, its settings) of each run."""
+    of_stage = protocol[stage]
+    first, count = of_stage["seeds"]
+    if stage == "main":
+        for phase, settings in phases(protocol).items():
+            for seed in range(first, first + count):
+                for router in settings["routers"]:
+                    yield phase, seed, router, {"routers": [router]}
+        return
+    if stage == "sweep":
+        arms = sweep_arms(protocol)
+    elif stage == "failure":
+        arms = {
+            f"{arm}, {condition}": {**settings, **changes}
+            for condition, changes in of_stage["conditions"].items()
+            for arm, settings in of_stage["arms"].items()
+        }
+    assert arms is not None
+    phase = of_stage.get("phase", protocol["sweep"]["phase"])
+    for seed in range(first, first + count):
+        for name, settings in arms.items():
+            yield phase, seed, name, settings
+
+
+def sweep_arms(protocol: Protocol) -> dict[str, Settings]:
+    """The routers as they are, then the center with one change at a time."""
+    sweep = protocol["sweep"]
+    arms: dict[str, Settings] = {router: {"routers": [router]} for router in sweep["routers"]}
+    for factor, levels in sweep["factors"].items():
+        for level in levels:
+            changes = level if isinstance(level, dict) else {factor: level}
+            arms[label(changes)] = {"routers": [sweep["center"]], **changes}
+    return arms
+
+
+def label(changes: Settings) -> str:
+    """{"alpha": 0.1} -> "alpha 0.1"."""
+    return ", ".join(f"{name} {str(value).lower() if isinstance(value, bool) else value}" for name, value in changes.items())
+
+
+def _run(protocol: Protocol, stage: str, phase: str, arm: str, seed: int, changes: Settings, places: dict[str, str]) -> Run:
+    of_stage = protocol["sweep"] if stage == "second" else protocol[stage]
+    of_phase = dict(phases(protocol)[phase])
+    data = protocol["data"][of_phase["data"]] | {"data": _place(protocol, phase, places)}
+    every = [rule["name"] for rule in protocol["oneshot"]["rules"]]
+    names = [] if stage == "failure" else of_stage.get("rules", of_phase.get("rules", every))
+    of_phase = {key: value for key, value in of_phase.items() if key not in ("routers", "rules")}
+    settings = protocol["settings"] | of_phase | data | changes
+    if "novel" in of_stage:
+        settings["novel"] = of_stage["novel"]
+    rules = [
+        Rule(rule["scope"], rule["optimizer"], rate)
+        for rule in protocol["oneshot"]["rules"]
+        if rule["name"] in names
+        for rate in rule["rates"]
+    ]
+    return Run(stage, phase, arm, seed, Config(**settings), rules, of_stage["within"])
+
+
+def _place(protocol: Protocol, phase: str, places: dict[str, str]) -> str | None:
+    """What --data would be, None if it is not known where they are."""
+    name = phases(protocol)[phase]["data"]
+    place: str | None = protocol["data"][name].get("data") or places.get(name)
+    return place

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import cost, experts, penalty, router, startup, tracking, wrap
+from . import cost, delivery, experts, penalty, router, startup, tracking, wrap
 from ._harness import Report, header, progress, save, show
 
 # module and rounds: enough for quartiles, few enough for five minutes in all
@@ -20,6 +20,7 @@ BENCHMARKS = {
     "router": (router.measure, 9),
     "experts": (experts.measure, 15),
     "wrap": (wrap.measure, 25),
+    "delivery": (delivery.measure, 11),
     "startup": (startup.measure, 5),
     "cost": (cost.measure, 1),
 }

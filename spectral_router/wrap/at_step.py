@@ -129,27 +129,27 @@ class AtStep:
     def early(self) -> None:
         """Deliver now what the coming step would: for callbacks that run right before it."""
         if not self._early:
-            self._deliver()
+            self.deliver()
             self._early = True
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure") or next((arg for arg in args[1:] if callable(arg)), None)
         if closure is None:
             if not self._early:
-                self._deliver()
+                self.deliver()
             self._early = False
             return None
 
         def with_term() -> Any:  # the closure makes the gradients
             loss = closure()
-            self._deliver()
+            self.deliver()
             return loss
 
         return tuple(with_term if arg is closure else arg for arg in args), {
             name: with_term if value is closure else value for name, value in kwargs.items()
         }
 
-    def _deliver(self) -> None:
+    def deliver(self) -> None:
         recorder = self.recorder
         step, taps = recorder.step, recorder.taps
         if not self.alone:

@@ -75,14 +75,8 @@ def cost(repeats: int, quick: bool) -> Report:
         label = f"{name}, {count}{'' if count == layers else f' of {layers}'} x ({experts}, {dim})"
         report.raw[label] = seconds
         every = {**own, "limit": seconds["limit"]}
-        report.rows.append(
-            [label, *(show_ms(own[key]) for key in ("loss", "loss16", "step"))]
-            + [
-                show_ratio(every, "loss", "step", 1),
-                show_ratio(every, "loss16", "step", 1),
-                show_ratio(every, "step", "limit", 1),
-            ]
-        )
+        ratios = [show_ratio(every, *pair, 1) for pair in (("loss", "step"), ("loss16", "step"), ("step", "limit"))]
+        report.rows.append([label, *(show_ms(own[key]) for key in ("loss", "loss16", "step")), *ratios])
     return report
 
 

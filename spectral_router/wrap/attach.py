@@ -115,7 +115,7 @@ def wrap_moe(
         handle.advice.compiled([type(part).__name__ for part, ran in zip(parts, compiled, strict=True) if ran])
     for part in parts:
         handle.advice.at_wrapping(part, balance)
-    handle.selectors = gates, exclude
+    handle._selectors = gates, exclude
     handle.registrations = []
     for number, part in enumerate(parts):
         handle.registrations += [
@@ -123,7 +123,7 @@ def wrap_moe(
             # first here too: the backward of the whole loss, the term included, is to pass the engines' hooks
             part.register_forward_hook(AfterModel(handle, part=number), with_kwargs=True, always_call=True, prepend=True),
         ]
-    handle.registrations += [handle.hook(tap) for tap in handle.taps]
+    handle.registrations += [handle._hook(tap) for tap in handle.taps]
     if optimizer is not None:
         handle.attach(optimizer)
     return handle

@@ -40,13 +40,13 @@ class MoEHandle(Recorder):
 
     # unpickled in a new process, these raise torch's counter of hooks there, so that a later hook does not replace ours
     registrations: list[RemovableHandle]
-    selectors: tuple[Selector | None, Selector | None] = None, None  # which gates were asked for
+    _selectors: tuple[Selector | None, Selector | None] = None, None  # which gates were asked for
 
-    def hook(self, tap: Tap) -> RemovableHandle:
+    def _hook(self, tap: Tap) -> RemovableHandle:
         # first of the module's hooks: sharding engines free the weight in theirs
         return tap.gate.module.register_forward_hook(AtGate(self, tap), with_kwargs=True, prepend=True)
 
-    def find_replaced(self) -> None:
+    def _find_replaced(self) -> None:
         """Gates whose module an engine has put another one in the place of, since wrapping: hook that one, or say so."""
         there = {id(module) for module in self.model.modules()}
         gone = [tap for tap in self.taps if id(tap.gate.module) not in there]
@@ -55,7 +55,7 @@ class MoEHandle(Recorder):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                found = {gate.name: gate for gate in select_gates(self.model, *self.selectors)}
+                found = {gate.name: gate for gate in select_gates(self.model, *self._selectors)}
             except (TypeError, ValueError):  # `Gate` objects of modules that are gone
                 found = {}
         for tap in gone:
@@ -64,7 +64,7 @@ class MoEHandle(Recorder):
                 tap.gone = True
                 continue
             self.gates[self.gates.index(tap.gate)] = tap.gate = new
-            self.registrations.append(self.hook(tap))
+            self.registrations.append(self._hook(tap))
         self.ties = tied(self.gates)
         self.advice.replaced([tap.gate.name for tap in gone if tap.gone])
 

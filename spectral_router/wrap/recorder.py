@@ -83,7 +83,7 @@ class Recorder(Objective):
             unwatch(mine)
         return mine
 
-    def find_replaced(self) -> None: ...
+    def _find_replaced(self) -> None: ...
 
     # one forward ------------------------------------------------------------------------------------------------------
 
@@ -92,7 +92,7 @@ class Recorder(Objective):
         step.root = root
         step.open = self.attached and root.training and torch.is_grad_enabled()
         if step.open and not torch.compiler.is_compiling() and self.advice.once("places"):
-            self.find_replaced()
+            self._find_replaced()
         step.evaluated = not step.open
         if not step.open:
             step.fate = step.fate if step.term is not None else ""

@@ -9,7 +9,10 @@ from spectral_router import SpectralRankPenalty, wrap_moe
 from spectral_router.functional import load_balance_loss
 
 # of each gate, in the order of `MoEHandle.metrics`
-METRICS = ("sigma_max", "stable_rank", "penalty", "balance", "entropy", "max_share", "dead", "loss")
+METRICS = (
+    *("sigma_max", "stable_rank", "penalty", "sigma_drift", "rank_drift"),
+    *("balance", "entropy", "max_share", "dead", "loss"),
+)
 EXPERTS, DIM = 4, 16
 PENALTY, BALANCE = 0.5, 0.3  # coefficients large enough that an error shows
 # a batch for `mixtral`: padding in two rows, and its labels masked

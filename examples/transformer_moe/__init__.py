@@ -7,5 +7,8 @@ model    a small MoE of any architecture, or yours       report   tables as text
 arms     what each arm adds to the loss                  figures  pictures
 train    transformers' Trainer, checkpoints
 
+finetune is a study of its own, a trained model on one domain: `python -m examples.transformer_moe.finetune --help`; its numbers
+are in finetune_summary.
+
 Flags, files, progress bars and intervals come from `examples.shared`.
 """

@@ -6,6 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import ClassVar
 
 import torch
 
@@ -13,6 +14,7 @@ from examples.shared.command import Options, add_flags, add_place, flag, parser,
 
 ARCHITECTURES = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss")
 ARMS = ("none", "own", "penalty", "balance", "both", "ernie")
+FINETUNING = ("none", "spread", "hold", "balance", "both", "hold+balance")
 REPORTERS = ("none", "tensorboard", "wandb")
 
 
@@ -25,6 +27,8 @@ _initial_or_number.__name__ = "number or 'initial'"  # argparse names the type i
 
 @dataclass(frozen=True)
 class Config:
+    known_arms: ClassVar[tuple[str, ...]] = ARMS
+
     dataset: str = flag(
         "embedded",
         "embedded (text that comes with Python), a text file, a folder with one subfolder a domain, or a hub data set",
@@ -96,7 +100,7 @@ class Config:
         choices: dict[str, tuple[str, ...]] = {"architecture": ARCHITECTURES, "device": ("auto", "cpu", "cuda")}
         for name, allowed in choices.items():
             require(getattr(self, name) in allowed, name, "one of " + ", ".join(allowed), getattr(self, name))
-        lists: dict[str, tuple[str, ...]] = {"arms": ARMS, "report_to": REPORTERS}
+        lists: dict[str, tuple[str, ...]] = {"arms": self.known_arms, "report_to": REPORTERS}
         for name, allowed in lists.items():
             values = getattr(self, name)
             for value in values:

@@ -106,6 +106,12 @@ def fluctuation(before: Tensor, after: Tensor) -> Tensor:
     return (before[..., 0] != after[..., 0]).flatten(0, -2).double().mean(0)
 
 
+def rerouted(before: Tensor, after: Tensor) -> Tensor:
+    """(D, W, T, L, k) twice -> (D, L): share of the tokens of a domain whose set of experts is another one."""
+    other = (before.sort(-1).values != after.sort(-1).values).any(-1)
+    return rearrange(other, "d w t l -> d l (w t)").double().mean(-1)
+
+
 def domain_shares(experts: Tensor, count: int) -> Tensor:
     """(D, W, T, L, k) -> (L, D, K): share of the tokens of a domain whose heaviest expert it is."""
     return torch.stack([load(of_domain[..., :1], count) for of_domain in experts], 1)
@@ -193,10 +199,13 @@ class Measurements:
         return row(step, now, None, self.text, self.count)
 
     def history(self) -> list[dict[str, Any]]:
-        rows, before = [], None
+        rows, first, before = [], None, None
         for file in sorted(self.folder.glob("*.pt")):
             now = load_checkpoint(file, torch.device("cpu"))
+            first = now if first is None else first
             rows.append(row(int(file.stem), now, before, self.text, self.count))
+            moved = rerouted(first["experts"], now["experts"]).mean(-1).tolist()
+            rows[-1]["rerouted"] = dict(zip(self.text.domains, moved, strict=True))
             before = now
         rows[-1]["domain_shares"] = domain_shares(now["experts"], self.count).tolist()
         return rows

@@ -88,7 +88,7 @@ def shown(results: dict[str, Any]) -> tuple[tuple[str, str, str], ...]:
 def arm_rows(results: dict[str, Any]) -> Rows:
     speed = SPEED if "none" in results["summary"] else SPEED[:1]
     rows = [
-        (name, (label, [_cell(of_arm[name], form) for of_arm in results["summary"].values()]))
+        (name, (label, [cell(of_arm[name], form) for of_arm in results["summary"].values()]))
         for label, name, form in shown(results) + speed
     ]
     by_token = [f"{results['data']['specialisation_by_token']:.3f}"] * len(results["summary"])
@@ -108,7 +108,7 @@ def layer_rows(results: dict[str, Any]) -> Rows:
     gates = len(next(iter(results["runs"].values()))[0]["train"]["gates"])
     several = len(results["data"]["domains"]) > 1
     return [
-        (f"{label}, layer {layer}", [_cell(of_arm[f"{name}/{layer}"], form) for of_arm in results["summary"].values()])
+        (f"{label}, layer {layer}", [cell(of_arm[f"{name}/{layer}"], form) for of_arm in results["summary"].values()])
         for label, name, form in LAYERS
         if several or name != "specialisation"
         for layer in range(1, gates + 1)
@@ -117,7 +117,7 @@ def layer_rows(results: dict[str, Any]) -> Rows:
 
 def difference_rows(results: dict[str, Any], of_reference: dict[str, Any]) -> Rows:
     return [
-        (label, [_cell(of_arm[name], "+" + form.lstrip("+")) for of_arm in of_reference.values()])
+        (label, [cell(of_arm[name], "+" + form.lstrip("+")) for of_arm in of_reference.values()])
         for label, name, form in shown(results)
         if name != "specialisation_chance"
     ]
@@ -151,7 +151,7 @@ def footnote(results: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def _cell(entry: dict[str, Any], form: str) -> str:
+def cell(entry: dict[str, Any], form: str) -> str:
     if entry["mean"] is None or entry["mean"] != entry["mean"]:
         return "–"
     spread = "" if entry["ci95"] is None else f" ± {entry['ci95']:{form.lstrip('+')}}"

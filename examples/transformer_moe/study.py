@@ -102,8 +102,8 @@ def _run_one(
             lambda step, task=task: progress.update(task, completed=step),  # type: ignore[misc]
         )
         progress.remove_task(task)
-        part = _save(file, part, state)
-    part = _save(file, part | {"complete": True}, state)
+        part = save(file, part, state)
+    part = save(file, part | {"complete": True}, state)
     if state.is_main_process:
         shutil.rmtree(here.work, ignore_errors=True)
         last = part["train"]["history"][-1]
@@ -137,7 +137,7 @@ def phases(config: Config, text: Text, seed: int) -> list[Phase]:
     return found
 
 
-def _save(file: Path, part: dict[str, Any], state: PartialState) -> dict[str, Any]:
+def save(file: Path, part: dict[str, Any], state: PartialState) -> dict[str, Any]:
     """What a resumed run reads: None for a number that is not finite."""
     if state.is_main_process:
         write_json(file, part)

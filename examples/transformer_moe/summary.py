@@ -114,14 +114,14 @@ def at_equal_gain(phases: list[dict[str, Any]], rows: list[Scalars], domain: str
 
     An arm with a loss that is not finite has no part in it.
     """
-    curves = [_finite(*adaptation(phase, domain)) for phase in phases]
+    curves = [finite(*adaptation(phase, domain)) for phase in phases]
     common = min((max(gains) for gains, _ in filter(None, curves)), default=0.0)
     for curve, row in zip(curves, rows, strict=True):
         row["common_gain"] = None if curve is None else common
         row["forgetting_at_common_gain"] = when(*curve, common) if curve is not None and common > 0 else None
 
 
-def _finite(gains: Curve, losses: Curve) -> tuple[list[float], list[float]] | None:
+def finite(gains: Curve, losses: Curve) -> tuple[list[float], list[float]] | None:
     known = [(gain, loss) for gain, loss in zip(gains, losses, strict=True) if gain is not None and loss is not None]
     return ([gain for gain, _ in known], [loss for _, loss in known]) if len(known) == len(gains) else None
 

@@ -33,7 +33,7 @@ LAYER_NUMBERS = ("load_cv", "max_share", "spectral_norm", "stable_rank", "cosine
 
 
 class Phase(NamedTuple):
-    """Training on all domains, or the adaptation that follows it."""
+    """Training on all domains, or the adaptation (`adapt`) or fine-tuning (`finetune`) that follows it on one."""
 
     name: str
     windows: Windows
@@ -111,7 +111,8 @@ class RoutedTrainer(Trainer):
 def fit(config: Config, run: Run, phase: Phase, text: Text, tokenizer: Any, on_step: Callable[[int], None]) -> dict[str, Any]:
     """Run a phase, or what is left of it. Batches depend on the seed alone: both end in the same weights on the CPU.
 
-    Training begins with a new model and leaves it in `run.final`; the adaptation begins with that one.
+    Training begins with a new model and leaves it in `run.final`; the adaptation begins with that one and the state of its
+    term, fine-tuning with that one and a new term.
     """
     folder = run.work / phase.name
     checkpoint = _latest(folder)
@@ -119,7 +120,7 @@ def fit(config: Config, run: Run, phase: Phase, text: Text, tokenizer: Any, on_s
         # Trainer loads neither gates nor experts when it resumes (huggingface/transformers#48805): they are in the model
         # before. A sharded checkpoint it loads whole.
         network = model.restore(checkpoint)
-    elif phase.name == "adapt":
+    elif phase.name != "train":
         network = model.restore(run.final)
     else:
         network = model.build(config, run.seed)

@@ -65,13 +65,15 @@ def stable_rank(weight: Tensor) -> Tensor:
 def spectral_rank_penalty(
     weight: Tensor,
     sigma_target: float | Tensor = 1.0,
-    rank_target: float | None = None,
+    rank_target: float | Tensor | None = None,
     *,
     relative: bool = False,
+    one_sided: bool = False,
 ) -> Tensor:
     """Squared distance of spectral norm and stable rank from their targets, for each matrix.
 
-        (σ_max(W) − σ_t)² + (R(W) − ρ_t)²
+        (σ_max(W) − σ_t)² + (R(W) − ρ_t)²                       or, `one_sided`,
+        max(σ_max(W) − σ_t, 0)² + max(ρ_t − R(W), 0)²
 
     With the default targets it is zero exactly where the rows (for K <= d) are orthonormal.
 
@@ -87,11 +89,12 @@ def spectral_rank_penalty(
         weight: the matrices W_l.
         sigma_target: σ_t, at least 0 (above 0 if `relative`), or a tensor of them that broadcasts to `(*)`. The
             paper prints no value; "singular values near unity" in its introduction suggests 1.
-        rank_target: ρ_t in `[1, min(m, n)]`; None is `min(m, n)`, the largest that can be reached. A lower target is
-            met by letting some experts' rows vanish.
+        rank_target: ρ_t in `[1, min(m, n)]`, or a tensor of them that broadcasts to `(*)`; None is `min(m, n)`, the largest
+            that can be reached. A lower target is met by letting some experts' rows vanish.
         relative: divide both deviations by their targets. The raw rank term grows as K^2 ((K - 1)^2 at collapse), so a raw
             coefficient cannot be shared between routers with different K; the relative one, at the default target, lies in
             `[0, 1]` for every K.
+        one_sided: only a norm above its target and a rank below it cost anything.
 
     Raises:
         ValueError: a target out of its range; and as `spectral_norm`.
@@ -108,10 +111,11 @@ def spectral_rank_penalty(
     """
     check_targets(sigma_target, rank_target, relative)
     sigma, rank = _values(weight)
-    return deviation(sigma, rank, sigma_target, resolve_rank_target(rank_target, weight), relative)
+    target = rank_target if isinstance(rank_target, Tensor) else resolve_rank_target(rank_target, weight)
+    return deviation(sigma, rank, sigma_target, target, relative, one_sided)
 
 
-def check_targets(sigma_target: float | Tensor, rank_target: float | None, relative: bool) -> None:
+def check_targets(sigma_target: float | Tensor, rank_target: float | Tensor | None, relative: bool) -> None:
     """The part of the targets' rules that needs no weight."""
     if not isinstance(sigma_target, Tensor):
         if not isinstance(sigma_target, (int, float)):
@@ -120,7 +124,11 @@ def check_targets(sigma_target: float | Tensor, rank_target: float | None, relat
             raise ValueError(f"sigma_target must be a finite number of at least 0, got {sigma_target=}")
         if relative and sigma_target == 0:
             raise ValueError("sigma_target must be above 0 when relative=True, got sigma_target=0; it is divided by")
-    if rank_target is not None and not rank_target >= 1:
+    if rank_target is None or isinstance(rank_target, Tensor):
+        return
+    if not isinstance(rank_target, (int, float)):
+        raise TypeError(f"rank_target must be a number, a tensor or None, got {rank_target=}")
+    if not rank_target >= 1:
         raise ValueError(f"rank_target must be at least 1, the least stable rank there is, got {rank_target=}")
 
 
@@ -139,12 +147,21 @@ def resolve_rank_target(rank_target: float | None, weight: Tensor, *, centered: 
     return float(rank_target)
 
 
-def deviation(sigma: Tensor, rank: Tensor, sigma_target: float | Tensor, rank_target: float, relative: bool) -> Tensor:
+def deviation(
+    sigma: Tensor,
+    rank: Tensor,
+    sigma_target: float | Tensor,
+    rank_target: float | Tensor,
+    relative: bool,
+    one_sided: bool = False,
+) -> Tensor:
     """Equations 3 + 5 from values already computed."""
-    off_sigma, off_rank = sigma - sigma_target, rank - rank_target
+    above, below = sigma - sigma_target, rank_target - rank
     if relative:
-        off_sigma, off_rank = off_sigma / sigma_target, off_rank / rank_target
-    return off_sigma.square() + off_rank.square()
+        above, below = above / sigma_target, below / rank_target
+    if one_sided:
+        above, below = above.clamp_min(0), below.clamp_min(0)  # which leaves NaN
+    return above.square() + below.square()
 
 
 def _values(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import reduce
 from torch import Tensor, nn
 
 from .._precision import at_least_float32, keep_precision
+from .anchors import drift, held_at, keeps_nothing, none_yet
 from .formulas import check_targets, deviation, resolve_rank_target
 from .groups import by_shape, in_order, matrices_in, total
 from .spectrum import fixed_start, spectral_values
@@ -17,10 +18,20 @@ from .spectrum import fixed_start, spectral_values
 __all__ = ["SpectralRankPenalty"]
 
 
+class _Measured(NamedTuple):
+    """Of a group of B matrices of one shape."""
+
+    sigma: Tensor  # (B,)
+    rank: Tensor  # (B,)
+    rank_target: float | None  # None: their anchors
+    members: slice  # where they are among all matrices, group after group
+
+
 class SpectralRankPenalty(nn.Module):
     """Pulls the spectral norm and the stable rank of every router weight to targets.
 
-        Σ_l [ (σ_max(W_l) − σ_t)² + (R(W_l) − ρ_t)² ]
+        Σ_l [ (σ_max(W_l) − σ_t)² + (R(W_l) − ρ_t)² ]           or, `one_sided`,
+        Σ_l [ max(σ_max(W_l) − σ_t, 0)² + max(ρ_t − R(W_l), 0)² ]
 
     Matrices of equal shape are computed in one batch: the number of tensor operations does not grow with the number of
     gates. Values and gradients are those of `functional.spectral_rank_penalty`.
@@ -34,19 +45,24 @@ class SpectralRankPenalty(nn.Module):
             seen (at 1 if it is zero then), because pulling a pretrained gate from 20 to 1 would flatten its routing. The
             anchors are a buffer, `anchor`, part of `state_dict`.
         rank_target: ρ_t; None is the largest stable rank that each matrix can reach: `min(K, d)`, or
-            `min(K - 1, d)` if `center`.
+            `min(K - 1, d)` if `center`. "initial": each matrix is held at the stable rank it has when first seen (at 1 if it is
+            zero then), for gates that are trained already, whose ranks are far below the largest. A buffer too,
+            `rank_anchor`.
         relative: divide both deviations by their targets, so that one coefficient serves every K and every scale.
         center: subtract the mean row first. Routing by distance does not change when all inputs and prototypes move
             together, while R(W) does; the centred optimum is a simplex (cosines -1/(K-1)) instead of an orthogonal set.
             The mean itself is then free to drift.
-        solver: "exact" (`eigh` of the Gram matrix); or "power": 2^13 power iterations on the Gram matrix by repeated
-            squaring, started where the last call ended: matmuls only, no host synchronisation, for training that is
-            captured in a CUDA graph, or with very many experts. Where singular values crowd at the top, closer than
-            about 3e-4 of σ, σ may read low by up to as much and R high by twice as much: near the optimum, where the
-            penalty is small, that is a visible share of its value. The iterates are buffers that move and copy with the
-            module and stay out of `state_dict`; they advance in training mode only.
+        one_sided: only a norm above its target and a rank below it cost anything. With both targets "initial" the penalty and
+            its gradient are zero at the start.
+        solver: "exact": `eigh` of the Gram matrix, for which the host waits on a GPU. "power": 2^13 power iterations on the
+            Gram matrix by repeated squaring, started where the last call ended: matmuls only, no host synchronisation. Where
+            singular values crowd at the top, closer than about 3e-4 of σ, σ may read low by up to as much and R high by twice
+            as much: near the optimum, where the penalty is small, that is a visible share of its value. The iterates are
+            buffers that move and copy with the module and stay out of `state_dict`; they advance in training mode only.
+            "auto": the exact one for matrices on a CPU; matmuls only on any other device and inside of compiled code, from
+            the same start in every call, so that nothing is kept.
 
-    With `sigma_target="initial"` or `solver="power"` the module remembers its matrices by position: it belongs to one model,
+    With a target "initial" or `solver="power"` the module remembers its matrices by position: it belongs to one model,
     and every call must pass the same matrices.
 
     Raises:
@@ -63,33 +79,43 @@ class SpectralRankPenalty(nn.Module):
     """
 
     anchor: Tensor | None
+    rank_anchor: Tensor | None
 
     @property
     def remembers(self) -> bool:
         """Whether it holds something of each matrix from call to call, so that it can serve one model only."""
-        return self.sigma_target == "initial" or self.solver == "power"
+        return "initial" in (self.sigma_target, self.rank_target) or self.solver == "power"
 
     def __init__(
         self,
         sigma_target: float | Literal["initial"] = 1.0,
-        rank_target: float | None = None,
+        rank_target: float | Literal["initial"] | None = None,
         *,
         relative: bool = False,
         center: bool = False,
-        solver: Literal["exact", "power"] = "exact",
+        one_sided: bool = False,
+        solver: Literal["auto", "exact", "power"] = "auto",
     ) -> None:
         super().__init__()
         if sigma_target != "initial" and not isinstance(sigma_target, (int, float)):
             raise ValueError(f'sigma_target must be a number or "initial", got {sigma_target=}')
-        check_targets(1.0 if sigma_target == "initial" else sigma_target, rank_target, relative)
-        if solver not in ("exact", "power"):
-            raise ValueError(f'solver must be "exact" or "power", got {solver=}')
+        if rank_target not in ("initial", None) and not isinstance(rank_target, (int, float)):
+            raise ValueError(f'rank_target must be a number, "initial" or None, got {rank_target=}')
+        check_targets(
+            1.0 if isinstance(sigma_target, str) else sigma_target,
+            None if isinstance(rank_target, str) else rank_target,
+            relative,
+        )
+        if solver not in ("auto", "exact", "power"):
+            raise ValueError(f'solver must be "auto", "exact" or "power", got {solver=}')
         self.sigma_target = sigma_target
         self.rank_target = rank_target
         self.relative = relative
         self.center = center
+        self.one_sided = one_sided
         self.solver = solver
         self.register_buffer("anchor", None)
+        self.register_buffer("rank_anchor", None)
 
     def forward(self, weights: Tensor | Iterable[Tensor]) -> Tensor:
         return total(self._terms([weights] if isinstance(weights, Tensor) else list(weights))[0])
@@ -98,53 +124,65 @@ class SpectralRankPenalty(nn.Module):
         """The penalty of each matrix `(K_i, d_i)`, scalars in the order given: what `forward` sums up."""
         return in_order(*self._terms(list(weights)))
 
+    @torch.no_grad()
+    def drift(self, weights: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """σ / σ_t − 1 and R / ρ_t − 1 of each matrix, in the order given, against its anchors; NaN where there are none."""
+        groups, positions = self._measured(list(weights))
+        norms = [drift(self._anchors("sigma"), group.members, group.sigma) for group in groups]
+        ranks = [drift(self._anchors("rank"), group.members, group.rank) for group in groups]
+        return in_order(norms, positions), in_order(ranks, positions)
+
     def _terms(self, weights: list[Tensor]) -> tuple[list[Tensor], list[list[int]]]:
         """For each group of matrices of equal shape: their penalties, and their positions."""
-        groups, positions = by_shape(weights)
-        rank_targets = [resolve_rank_target(self.rank_target, group[0], centered=self.center) for group in groups]
-        self._remember(groups)
-        terms, first = [], 0
-        for index, (group, rank_target) in enumerate(zip(groups, rank_targets, strict=True)):
-            last = first + matrices_in(group)
-            terms.append(self._group_penalty(group, rank_target, index, slice(first, last)))
-            first = last
+        groups, positions = self._measured(weights)
+        terms = []
+        for sigma, rank, rank_target, members in groups:
+            norm = held_at(self.anchor, members, sigma) if isinstance(self.sigma_target, str) else self.sigma_target
+            goal = held_at(self.rank_anchor, members, rank) if rank_target is None else rank_target
+            terms.append(deviation(sigma, rank, norm, goal, self.relative, self.one_sided))
         return terms, positions
 
-    def _group_penalty(self, group: list[Tensor], rank_target: float, index: int, members: slice) -> Tensor:
+    def _measured(self, weights: list[Tensor]) -> tuple[list[_Measured], list[list[int]]]:
+        groups, positions = by_shape(weights)
+        wanted = self.rank_target
+        goals = [
+            None if isinstance(wanted, str) else resolve_rank_target(wanted, group[0], centered=self.center) for group in groups
+        ]
+        self._remember(groups)
+        measured, first = [], 0
+        for index, (group, goal) in enumerate(zip(groups, goals, strict=True)):
+            last = first + matrices_in(group)
+            measured.append(_Measured(*self._values(group, index), goal, slice(first, last)))
+            first = last
+        return measured, positions
+
+    def _values(self, group: list[Tensor], index: int) -> tuple[Tensor, Tensor]:
         if self.center:
             batch = at_least_float32(torch.stack(group))
             group = [batch - reduce(batch, "... k d -> ... 1 d", "mean")]
-        if self.solver == "exact":
-            sigma, rank, _ = spectral_values(group)
-        else:
-            sigma, rank = self._power_values(group, f"iterate_{index}")
-        return deviation(sigma, rank, self._sigma_target(sigma, members), rank_target, self.relative)
+        if self.solver == "power":
+            return self._power_values(group, f"iterate_{index}")
+        start = None
+        if self.solver == "auto" and (group[0].device.type != "cpu" or torch.compiler.is_compiling()):
+            start = _start(group)
+        sigma, rank, _ = spectral_values(group, start)
+        return sigma, rank
 
     def _power_values(self, group: list[Tensor], name: str) -> tuple[Tensor, Tensor]:
         iterate = getattr(self, name, None)
-        like = at_least_float32(group[0].new_empty(0))
         if iterate is None:
-            iterate = fixed_start(matrices_in(group), min(group[0].shape[-2:]), like)
-            if not _keeps_nothing():
+            iterate = _start(group)
+            if not keeps_nothing():
                 self.register_buffer(name, iterate, persistent=False)
-        sigma, rank, u = spectral_values(group, iterate.to(like))
+        sigma, rank, u = spectral_values(group, iterate.to(at_least_float32(group[0].new_empty(0))))
         if self.training and torch.is_grad_enabled():
             iterate.copy_(u)
         return sigma, rank
 
-    def _sigma_target(self, sigma: Tensor, members: slice) -> float | Tensor:
-        if not isinstance(self.sigma_target, str):
-            return self.sigma_target
-        seen = torch.where(sigma == 0, 1, sigma).detach()
-        if self.anchor is None:  # first seen in inference mode, where nothing is kept
-            return seen
-        anchor = self.anchor[members].to(sigma)
-        # not-a-number marks the matrices not seen yet, or seen with NaN entries only
-        anchor = torch.where(anchor.isnan(), seen, anchor)
-        if _keeps_nothing():
-            return anchor
-        self.anchor[members].copy_(anchor)
-        return anchor
+    def _anchors(self, of: Literal["sigma", "rank"]) -> Tensor | None:
+        """Those in use: a state that was loaded may hold others."""
+        target, anchors = (self.sigma_target, self.anchor) if of == "sigma" else (self.rank_target, self.rank_anchor)
+        return anchors if target == "initial" else None
 
     def _remember(self, groups: list[list[Tensor]]) -> None:
         """On the first call make room for what is kept for each matrix; later calls must bring the same matrices."""
@@ -154,17 +192,18 @@ class SpectralRankPenalty(nn.Module):
         known = getattr(self, "_shapes", shapes)
         if known != shapes:
             raise ValueError(
-                f'with sigma_target="initial" or solver="power" every call must bring the matrices of the first call, shapes '
+                f'with a target "initial" or solver="power" every call must bring the matrices of the first call, shapes '
                 f"{known}, got {shapes}; use one SpectralRankPenalty for each model"
             )
         count = sum(matrices_in(group) for group in groups)
-        if _keeps_nothing() and not hasattr(self, "_shapes"):
+        if keeps_nothing() and not hasattr(self, "_shapes"):
             return
-        if self.sigma_target == "initial" and self.anchor is None:
-            dtype = torch.float64 if any(group[0].dtype == torch.float64 for group in groups) else torch.float32
-            self.anchor = torch.full((count,), float("nan"), dtype=dtype, device=groups[0][0].device)
-        elif self.anchor is not None and len(self.anchor) != count:
-            raise ValueError(f"the loaded state holds anchors of {len(self.anchor)} matrices, got {count} matrices")
+        for target, name in ((self.sigma_target, "anchor"), (self.rank_target, "rank_anchor")):
+            anchors = getattr(self, name)
+            if anchors is not None and len(anchors) != count:
+                raise ValueError(f"the loaded state holds anchors of {len(anchors)} matrices, got {count} matrices")
+            if target == "initial" and anchors is None:
+                setattr(self, name, none_yet(count, [group[0] for group in groups]))
         self._shapes = shapes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralRankPenalty:
@@ -176,21 +215,18 @@ class SpectralRankPenalty(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Anchors exist from the first call on; a module that has made none yet must still be able to load them."""
-        loaded = state_dict.get(f"{prefix}anchor")
-        if loaded is not None and self.sigma_target == "initial" and self.anchor is None:
-            self.anchor = torch.empty_like(loaded)
+        for target, name in ((self.sigma_target, "anchor"), (self.rank_target, "rank_anchor")):
+            loaded = state_dict.get(prefix + name)
+            if loaded is not None and target == "initial" and getattr(self, name) is None:
+                setattr(self, name, torch.empty_like(loaded))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return (
-            f"sigma_target={self.sigma_target!r}, rank_target={self.rank_target}, relative={self.relative}, "
-            f"center={self.center}, solver={self.solver!r}"
+            f"sigma_target={self.sigma_target!r}, rank_target={self.rank_target!r}, relative={self.relative}, "
+            f"center={self.center}, one_sided={self.one_sided}, solver={self.solver!r}"
         )
 
 
-def _keeps_nothing() -> bool:
-    """Where nothing may be kept. A buffer made in inference mode could never be updated in training, one made of what a
-    `torch.func` transform passes in would outlive it. Dynamo cannot ask."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch.is_inference_mode_enabled() or torch._C._functorch.maybe_current_level() is not None
+def _start(group: list[Tensor]) -> Tensor:
+    return fixed_start(matrices_in(group), min(group[0].shape[-2:]), at_least_float32(group[0].new_empty(0)))

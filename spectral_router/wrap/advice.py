@@ -6,13 +6,18 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..balance.formulas import router_z_loss
 from ..balance.losses import RouterZLoss
+from ..gates.gate import Gate
+from ..penalties.formulas import stable_rank
 
 # So many forwards in a row whose loss saw no backward are taken as a sign that nobody uses that loss.
 UNUSED = 8
+# A stable rank below this part of what a random matrix of the shape has is taken as a sign of training.
+TRAINED = 0.5
 
 
 class Advice:
@@ -44,6 +49,25 @@ class Advice:
         ]
         if compiled:
             self.compiled(compiled)
+
+    @torch.no_grad()
+    def trained_gates(self, gates: list[Gate]) -> None:
+        """For a penalty that pulls the stable rank up to the largest. Weights that are sharded or not here yet are not read."""
+        low = []
+        for gate in filter(_is_here, gates):
+            rank, usual = stable_rank(gate.weight).item(), _random_rank(gate)
+            if 0 < rank < TRAINED * usual:  # a zero matrix is as new as can be
+                low.append((rank / usual, rank, usual, gate))
+        if low:
+            _, rank, usual, gate = min(low, key=lambda entry: entry[0])
+            largest = min(gate.num_experts, gate.dim)
+            self.say(
+                "trained",
+                f"{len(low)} of {len(gates)} gates look trained: stable rank {rank:.1f} of {largest} in {gate.name}, where a "
+                f'random matrix has about {usual:.1f}. penalty="spread", the default, pulls it up to {largest} and so reshapes '
+                'the routing; penalty="hold" keeps it where it is. To spread it all the same pass '
+                'SpectralRankPenalty("initial", relative=True)',
+            )
 
     def compiled(self, names: Iterable[str]) -> None:
         self.say(
@@ -140,3 +164,14 @@ def _configs(model: nn.Module) -> list[Any]:
     config = getattr(model, "config", None)
     configs = [config, getattr(config, "text_config", None)]
     return [config for config in configs if hasattr(config, "__dict__")]
+
+
+def _is_here(gate: Gate) -> bool:
+    matrix = gate.matrix
+    whole = type(matrix) in (torch.Tensor, nn.Parameter) and matrix.numel() >= gate.num_experts * gate.dim
+    return whole and matrix.is_floating_point() and not matrix.is_meta
+
+
+def _random_rank(gate: Gate) -> float:
+    """Of a large random K x d matrix with independent entries of size one: its σ_max is near √K + √d."""
+    return gate.num_experts * gate.dim / (gate.num_experts**0.5 + gate.dim**0.5) ** 2

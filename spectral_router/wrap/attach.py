@@ -12,16 +12,17 @@ from torch import nn
 
 from ..balance.losses import LoadBalanceLoss
 from ..gates.select import Selector, select_gates
-from ..penalties.spectral_rank import SpectralRankPenalty
+from ..penalties.presets import Preset, preset
 from .handle import Balance, MoEHandle, Penalty
 from .hooks import AfterModel, BeforeModel
+from .weights import trainable
 
 
 def wrap_moe(
     model: nn.Module | Sequence[nn.Module],
     optimizer: Any = None,
     *,
-    penalty: Penalty | Literal["default"] | None = "default",
+    penalty: Penalty | Preset | None = "spread",
     balance: Balance | Literal["default"] | None = "default",
     penalty_coef: float = 1e-2,
     balance_coef: float = 1e-2,
@@ -44,8 +45,13 @@ def wrap_moe(
         model: any module with router gates, or a list of the parts of one, as pipelines have it: each part's forward then
             has the term of its own gates. Wrap the outermost module that is called, after PEFT and before `torch.compile`;
             before or after DDP, `fully_shard` and `deepspeed.initialize`, inside of whose shells the model itself is wrapped.
-        penalty: reads weights: a callable (list of (experts, dim) tensors) -> scalar. "default" is a new
-            `SpectralRankPenalty("initial", relative=True)`; None is none.
+        penalty: reads weights; in one word what it is for, each a new `SpectralRankPenalty`, or a callable (list of (experts,
+            dim) tensors) -> scalar of your own; None is none.
+            "spread", for training from scratch: ("initial", relative=True). Up to the largest stable rank, at the initial norm.
+            "hold", for fine-tuning: ("initial", "initial", relative=True, one_sided=True). Neither a lower stable rank nor a
+            higher norm than at the start, where the penalty is zero.
+            "paper": (). Equations 3 + 5 as printed: norm 1, the largest rank, in units of the two; it needs a small
+            `penalty_coef` where experts are many.
         balance: reads probabilities: a callable (probs (tokens, experts), mask or None) -> scalar, called once for each call
             of a gate, never on pooled layers. "default" is a new `LoadBalanceLoss()`; None is none. Where the model is called
             with an `attention_mask`, padding is masked out. One with the attribute `reads = "logits"`, as `RouterZLoss`,
@@ -61,13 +67,14 @@ def wrap_moe(
         `MoEHandle`: the term, measurements, state, and `remove()`; also a context manager.
 
     Raises:
-        ValueError: no gate found or matched (the message lists near misses), a coefficient below 0, a model that is wrapped
-            already, or a balance loss of logits on a gate that gives probabilities only.
+        ValueError: no gate found or matched (the message lists near misses), an unknown word for the penalty, a coefficient
+            below 0, a model that is wrapped already, or a balance loss of logits on a gate that gives probabilities only.
         TypeError: a selector, penalty or balance of the wrong kind.
 
     Warns:
-        UserWarning, once each, with names: gates that are frozen, quantised or did not run in the first training forward; a
-            model compiled before; the model's own balance loss also on; a term that nobody used.
+        UserWarning, once each, with names: gates that look trained already, under "spread"; gates that are frozen, quantised
+            or did not run in the first training forward; a model compiled before; the model's own balance loss also on; a term
+            that nobody used.
 
     Source:
         equation 7 of arXiv:2601.03889.
@@ -92,13 +99,14 @@ def wrap_moe(
     for name, coef in (("penalty_coef", penalty_coef), ("balance_coef", balance_coef)):
         if not 0 <= coef < math.inf:
             raise ValueError(f"{name} must be a finite number of at least 0, got {name}={coef}")
-    if penalty == "default":
-        penalty = SpectralRankPenalty("initial", relative=True)
+    spread = penalty == "spread"
+    if isinstance(penalty, str):
+        penalty = preset(penalty)
     if balance == "default":
         balance = LoadBalanceLoss()
-    for name, part in (("penalty", penalty), ("balance", balance)):
+    for name, part, words in (("penalty", penalty, '"spread", "hold", "paper"'), ("balance", balance, '"default"')):
         if part is not None and not callable(part):
-            raise TypeError(f'{name} must be a callable, "default" or None, got {part!r}')
+            raise TypeError(f"{name} must be a callable, {words} or None, got {part!r}")
     shells = [model] if isinstance(model, nn.Module) else list(model)
     if not shells or not all(isinstance(shell, nn.Module) for shell in shells):
         raise TypeError(f"model must be a module, or a list of the modules that are its parts, got {model!r:.200}")
@@ -115,6 +123,8 @@ def wrap_moe(
         handle.advice.compiled([type(part).__name__ for part, ran in zip(parts, compiled, strict=True) if ran])
     for part in parts:
         handle.advice.at_wrapping(part, balance)
+    if spread:
+        handle.advice.trained_gates([gate for gate in handle.gates if trainable(gate)])
     handle._selectors = gates, exclude
     handle.registrations = []
     for number, part in enumerate(parts):

@@ -142,7 +142,8 @@ class MoEHandle(Recorder):
     def metrics(self) -> dict[str, dict[str, float]]:
         """Detached floats for each gate, by its name, of its weight as it is now and of the last training forward.
 
-        sigma_max and stable_rank of the weight; penalty: this gate's part; balance: CV², squared coefficient of variation of
+        sigma_max and stable_rank of the weight; sigma_drift and rank_drift: by what share they have moved from the anchors of
+        the penalty, NaN where it has none; penalty: this gate's part; balance: CV², squared coefficient of variation of
         the experts' mean probability; entropy: of that mean, over log K, in [0, 1]; max_share: its largest
         entry; dead: the number of experts below 1 % of an even share; loss: this gate's part of the term, coefficients
         included, with whatever penalty and balance loss are in use. What needs a training forward is NaN before the first

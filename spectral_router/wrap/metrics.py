@@ -21,9 +21,11 @@ def measure(recorder: Recorder) -> dict[str, dict[str, float]]:
     """For each gate what `MoEHandle.metrics` says."""
     weights = [full_weight(gate).detach() for gate in recorder.gates]
     penalties = _penalties(recorder, weights)
+    drifts = _drifts(recorder, weights)
     report = {}
     for index, (gate, weight, penalty) in enumerate(zip(recorder.gates, weights, penalties, strict=True)):
         row = {"sigma_max": spectral_norm(weight).item(), "stable_rank": stable_rank(weight).item(), "penalty": penalty}
+        row |= {"sigma_drift": drifts[index][0], "rank_drift": drifts[index][1]}
         row |= _of_share(recorder.shares.get(index))
         if recorder.shares:
             balance = recorder.balances.get(index)
@@ -45,6 +47,20 @@ def _of_share(share: Tensor | None) -> dict[str, float]:
         "max_share": share.max().item(),
         "dead": float((share < _DEAD / len(share)).sum()),
     }
+
+
+def _drifts(recorder: Recorder, weights: list[Tensor]) -> list[tuple[float, float]]:
+    """Of each gate: by what share of its anchors σ_max and the stable rank have moved; NaN under a penalty without anchors."""
+    values = [(math.nan, math.nan)] * len(weights)
+    drift = getattr(recorder.penalty, "drift", None)
+    # where nothing learns, the penalty has seen nothing
+    if drift is None or not any(recorder.learning()):
+        return values
+    moved = zip(*drift([weights[group[0]] for group in recorder.ties]), strict=True)
+    for group, (norm, rank) in zip(recorder.ties, moved, strict=True):
+        for index in group:
+            values[index] = (norm.item(), rank.item())
+    return values
 
 
 def _penalties(recorder: Recorder, weights: list[Tensor]) -> list[float]:

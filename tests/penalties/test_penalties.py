@@ -174,7 +174,7 @@ def test_message_other_matrices(options: dict[str, str], others: list[tuple[int,
     penalty = SpectralRankPenalty(**options)
     penalty(gates((4, 8), (4, 8)))
     message = (
-        r'with sigma_target="initial" or solver="power" every call must bring the matrices of the first call, shapes '
+        r'with a target "initial" or solver="power" every call must bring the matrices of the first call, shapes '
         r"\[\(2, 4, 8\)\], got \[.*\]; use one SpectralRankPenalty for each model"
     )
     with pytest.raises(ValueError, match=message):
@@ -221,11 +221,15 @@ def test_message_constructor() -> None:
         SpectralRankPenalty(0, relative=True)
     with pytest.raises(ValueError, match="rank_target must be at least 1"):
         SpectralRankPenalty("initial", 0.5)
-    with pytest.raises(ValueError, match="""solver must be "exact" or "power", got solver='svd'"""):
+    with pytest.raises(ValueError, match="""solver must be "auto", "exact" or "power", got solver='svd'"""):
         SpectralRankPenalty(solver="svd")
+    with pytest.raises(ValueError, match="""rank_target must be a number, "initial" or None, got rank_target='first'"""):
+        SpectralRankPenalty(1.0, "first")
     # one number for all matrices: a tensor of them has no matrices to belong to
     with pytest.raises((TypeError, ValueError), match="sigma_target must be a number"):
         SpectralRankPenalty(torch.ones(3))
+    with pytest.raises((TypeError, ValueError), match="rank_target must be a number"):
+        SpectralRankPenalty(1.0, torch.ones(3))
 
 
 def test_message_centred_rank_target_out_of_reach() -> None:
@@ -235,5 +239,8 @@ def test_message_centred_rank_target_out_of_reach() -> None:
 
 
 def test_repr_is_the_call_that_makes_it() -> None:
-    penalty = SpectralRankPenalty("initial", 2, relative=True, center=True, solver="power")
-    assert repr(eval(repr(penalty))) == repr(penalty)
+    for penalty in (
+        SpectralRankPenalty("initial", 2, relative=True, center=True, solver="power"),
+        SpectralRankPenalty(2, "initial", one_sided=True, solver="exact"),
+    ):
+        assert repr(eval(repr(penalty))) == repr(penalty)

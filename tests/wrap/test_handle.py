@@ -206,7 +206,18 @@ def test_coefficient_out_of_range(name: str, value: float) -> None:
         wrap_moe(Stack(), **{name: value})
 
 
-@pytest.mark.parametrize("name", ["penalty", "balance"])
-def test_part_of_the_wrong_kind(name: str) -> None:
-    with pytest.raises(TypeError, match=f'{name} must be a callable, "default" or None, got 3'):
-        wrap_moe(Stack(), **{name: 3})
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("penalty", 3, '"spread", "hold", "paper" or None, got 3'),
+        ("balance", 3, '"default" or None, got 3'),
+    ],
+)
+def test_part_of_the_wrong_kind(name: str, value: object, words: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a callable, {words}"):
+        wrap_moe(Stack(), **{name: value})
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(ValueError, match='penalty must be "spread", "hold", "paper", a callable or None, got penalty=\'held\''):
+        wrap_moe(Stack(), penalty="held")

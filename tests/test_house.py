@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "spectral_router"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "spectral_router"
 # what each room may import, besides itself and the ground floor
 FLOORS: dict[str, set[str]] = {
     "penalties": set(),
@@ -18,6 +19,10 @@ FLOORS: dict[str, set[str]] = {
     "integrations": {"penalties", "balance", "routing", "gates", "wrap"},
 }
 GROUND = {"_precision", "_rules", "_sharding"}
+# what each folder around the package may import, besides itself and the package's public names
+# (studies time things with the benchmarks' harness, a benchmark times what only studies use)
+AROUND: dict[str, set[str]] = {"examples": set(), "studies": {"examples", "benchmarks"}, "benchmarks": {"examples", "studies"}}
+PUBLIC = {"", "functional", "integrations"}
 
 
 def reached(path: Path, package: Path) -> list[tuple[int, str]]:
@@ -76,6 +81,43 @@ def test_an_import_upwards_would_be_found(place: str, code: str, tmp_path: Path)
         (package / room).mkdir(parents=True)
     (package / place).write_text(code, encoding="utf-8")
     assert len(offences(package)) == 1
+
+
+def strays(folder: Path) -> list[str]:
+    """Imports, in a folder around the package, of what it may not import."""
+    told = []
+    barred = {*AROUND, "tests"} - AROUND[folder.name] - {folder.name}
+    for path in sorted(folder.glob("**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                modules = [node.module or ""]
+            for module in modules:
+                top, room = [*module.split("."), ""][:2]
+                if (top == PACKAGE.name and room not in PUBLIC) or top in barred:
+                    told.append(f"{path.relative_to(folder.parent)} imports {module}")
+    return told
+
+
+@pytest.mark.parametrize("folder", AROUND)
+def test_what_lies_around_the_package_uses_its_public_names(folder: str) -> None:
+    assert strays(ROOT / folder) == []
+
+
+@pytest.mark.parametrize(
+    "code", ["from studies.oneshot import stacked", "import tests", "from spectral_router.wrap.handle import MoEHandle"]
+)
+def test_a_stray_import_would_be_found(code: str, tmp_path: Path) -> None:
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "a.py").write_text(f"from spectral_router import route\n{code}", encoding="utf-8")
+    assert len(strays(tmp_path / "examples")) == 1
+
+
+@pytest.mark.parametrize("name", [*FLOORS, *sorted(GROUND), *AROUND, "functional"])
+def test_the_page_on_the_architecture_knows_it(name: str) -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert f"`{name}`" in page or f"`{name}/`" in page
+    assert name in (ROOT / "docs" / "images" / "architecture.svg").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("room", FLOORS)

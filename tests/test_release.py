@@ -56,6 +56,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
     return built
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_package_only(release: Release) -> None:
     with zipfile.ZipFile(release.wheel) as archive:
         files = set(archive.namelist())
@@ -65,6 +66,7 @@ def test_wheel_holds_the_package_only(release: Release) -> None:
     assert release.wheel.stat().st_size < 150_000
 
 
+@pytest.mark.slow
 def test_wheel_works_in_a_new_environment(release: Release, tmp_path: Path) -> None:
     venv.create(tmp_path / "new")
     python = tmp_path / "new" / ("Scripts" if os.name == "nt" else "bin") / "python"
@@ -82,6 +84,7 @@ print(spectral_router.__file__, importlib.metadata.version("spectral-router"), t
     assert (version, shape) == (VERSION, "(1, 2)")
 
 
+@pytest.mark.slow
 def test_sdist_holds_the_checkout(release: Release) -> None:
     """So the tests can be run from it, and the docs be built."""
     with tarfile.open(release.sdist) as archive:
@@ -91,6 +94,7 @@ def test_sdist_holds_the_checkout(release: Release) -> None:
     assert files == expected | {"PKG-INFO", ".gitignore"}
 
 
+@pytest.mark.slow
 def test_metadata(release: Release) -> None:
     run(sys.executable, "-m", "twine", "--no-color", "check", "--strict", *release, cwd=ROOT)
     metadata = release.metadata()
@@ -157,6 +161,7 @@ def commands(workflow: Path) -> Iterator[list[str]]:
         yield from (shlex.split(line) for line in step.get("run", "").splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
 def test_commands_of_the_workflows_exist(workflow: Path, release: Release) -> None:
     tools = {"ruff", "mypy", "mkdocs", "pip", "test"}
@@ -170,6 +175,7 @@ def test_commands_of_the_workflows_exist(workflow: Path, release: Release) -> No
             assert extra in extras, command
 
 
+@pytest.mark.slow
 def test_workflow_tests_what_the_project_promises(release: Release) -> None:
     ci = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
     matrix = ci["jobs"]["tests"]["strategy"]["matrix"]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .._precision import at_least_float32, keep_precision
 from .energy_formula import check_energy, mean_energy
+from .energy_projections import angles_kept, climb, mix, normal, project
 from .groups import by_shape, in_order, total
-from .projections import angles_kept, climb, mix, normal, project
 
 __all__ = ["HypersphericalEnergyPenalty"]
 

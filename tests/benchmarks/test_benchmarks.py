@@ -10,6 +10,8 @@ import torch
 from benchmarks import __main__ as benchmarks
 from benchmarks import _harness, oneshot, targets, wrap
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_benchmark_runs_and_every_target_finds_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures, tables = tmp_path / "figures.json", tmp_path / "figures.md"

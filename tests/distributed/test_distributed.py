@@ -14,6 +14,8 @@ import distributed_accelerate
 import pytest
 from distributed_worker import names, run
 
+pytestmark = pytest.mark.slow
+
 ENGINES = ["distributed_at_step", "distributed_controllers", "distributed_ddp", "distributed_fsdp", "distributed_tp"]
 
 ZERO = ["distributed_deepspeed", "distributed_zero_refuses"]

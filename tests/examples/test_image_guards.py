@@ -11,6 +11,8 @@ from image_runs import CLASSES, make_photos
 from examples.image_classification.__main__ import main
 from examples.shared import runs, storage
 
+pytestmark = pytest.mark.slow
+
 FLAGS = "--samples-per-class=20 --novel=2 --epochs=2 --seeds=1 --batch-size=16 --dim=16 --hidden=16 --image-size=16"
 
 

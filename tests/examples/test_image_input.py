@@ -11,6 +11,8 @@ from PIL import Image
 
 from examples.image_classification.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 REPO = Path(__file__).parents[2]
 # eight images a class to split, one novel, one epoch of one router
 TINY = (

@@ -8,6 +8,8 @@ from image_runs import CLASSES, FLAGS, make_photos, start
 
 from examples.image_classification import config, figures
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> str:

@@ -18,6 +18,8 @@ from examples.image_classification import experiment, figures, train
 from examples.image_classification.__main__ import main
 from examples.shared import storage
 
+pytestmark = pytest.mark.slow
+
 REPO = Path(__file__).parents[2]
 # rates at which so few steps learn something, and one update disturbs something: equal zeros would prove little
 FLAGS = (

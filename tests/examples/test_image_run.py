@@ -12,6 +12,8 @@ from PIL import Image
 
 from examples.image_classification import config, data, oneshot, report, train
 
+pytestmark = pytest.mark.slow
+
 PICTURES = ["experts", "paths", "gradients", "oneshot", "training"]
 
 

@@ -14,6 +14,8 @@ from examples.transformer_moe.__main__ import main
 from spectral_router import find_gates
 from spectral_router.functional import stable_rank
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:

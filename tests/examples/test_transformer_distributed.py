@@ -17,6 +17,8 @@ from transformer_worker import arguments, write_domains
 from examples.transformer_moe.__main__ import main
 from spectral_router import wrap_moe
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 240
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]

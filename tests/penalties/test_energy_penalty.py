@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectral_router import HypersphericalEnergyPenalty, wrap_moe
 from spectral_router.functional import hyperspherical_energy
-from spectral_router.penalties.projections import angles_kept, project
+from spectral_router.penalties.energy_projections import angles_kept, project
 
 RANDOM = {"projection": "random", "projection_dim": 6, "num_projections": 3}
 LEARNED = [{"projection": "angle_preserving"}, {"projection": "adversarial"}]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from spectral_router import SpectralRankPenalty
-from spectral_router.penalties.projection import _GROW, project_spectral_
+from spectral_router.penalties.project_spectral import _GROW, project_spectral_
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 

@@ -1,4 +1,4 @@
-"""The network of the example of convolutional experts: its stages, its gates, and how each arm trains."""
+"""The network of the study of convolutional experts: its stages, its gates, and how each arm trains."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What the example of convolutional experts says: figures of gate and experts, verdicts on claims, messages."""
+"""What the study of convolutional experts says: figures of gate and experts, verdicts on claims, messages."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Whole runs of the example of convolutional experts, small ones: what they leave, and that they resume to the same."""
+"""Whole runs of the study of convolutional experts, small ones: what they leave, and that they resume to the same."""
 
 import contextlib
 import io
@@ -16,6 +16,8 @@ from PIL import Image
 from studies.cnn_experts import config, figures, study, train
 from studies.cnn_experts.__main__ import main
 from studies.cnn_experts.config import ARMS
+
+pytestmark = pytest.mark.slow
 
 FLAGS = (
     "--samples-per-class=20 --epochs=3 --seeds=2 --batch-size=14 --width=4 --image-size=10 --experts=3 --top-k=2 --lr=0.01 "

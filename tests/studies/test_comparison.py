@@ -17,6 +17,8 @@ from studies.comparison.__main__ import main, parse
 from studies.comparison.arms import ARMS, REFERENCE
 from studies.oneshot.plasticity import interference
 
+pytestmark = pytest.mark.slow
+
 TINY = (
     *("--classes", "3", "5", "--samples-per-class=24", "--novel=1", "--layers=2", "--experts=2", "--epochs=2", "--seeds=2"),
     *("--batch-size=16", "--dim=8", "--hidden=8", "--image-size=16", "--tuning-seeds=1", "--lr=0.01", "--device=cpu"),

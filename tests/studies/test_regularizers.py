@@ -1,4 +1,4 @@
-"""The example on regularizers end to end: files, repeatability, resuming, messages."""
+"""The study of regularizers end to end: files, repeatability, resuming, messages."""
 
 import itertools
 import json
@@ -14,6 +14,8 @@ from studies.regularizers.__main__ import main
 from studies.regularizers.arms import ARMS
 from studies.regularizers.claims import CLAIMS
 from studies.regularizers.config import parse
+
+pytestmark = pytest.mark.slow
 
 FLAGS = (
     "--train-per-class=4 --val-per-class=3 --epochs=2 --batch-size=4 --widths 4 5 --image-size=12 --seeds=2 --lr=0.02 "

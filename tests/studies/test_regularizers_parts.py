@@ -1,4 +1,4 @@
-"""The parts of the example on regularizers: arms, splits, measures, and the rule of the verdicts."""
+"""The parts of the study of regularizers: arms, splits, measures, and the rule of the verdicts."""
 
 import math
 

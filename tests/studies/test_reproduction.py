@@ -13,6 +13,8 @@ from examples.shared.command import ExperimentError
 from studies.reproduction import choice, protocol, run, saved
 from studies.reproduction.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 TINY = """
 [settings]
 dim = 8

@@ -18,7 +18,7 @@ from .spectrum import fixed_start, spectral_values
 __all__ = ["SpectralRankPenalty"]
 
 
-class _Measured(NamedTuple):
+class Measured(NamedTuple):
     """Of a group of B matrices of one shape."""
 
     sigma: Tensor  # (B,)
@@ -135,24 +135,30 @@ class SpectralRankPenalty(nn.Module):
     def _terms(self, weights: list[Tensor]) -> tuple[list[Tensor], list[list[int]]]:
         """For each group of matrices of equal shape: their penalties, and their positions."""
         groups, positions = self._measured(weights)
+        return self.terms(groups), positions
+
+    def terms(self, groups: list[Measured]) -> list[Tensor]:
+        """For each group what was measured costs, matrix by matrix."""
         terms = []
         for sigma, rank, rank_target, members in groups:
             norm = held_at(self.anchor, members, sigma) if isinstance(self.sigma_target, str) else self.sigma_target
             goal = held_at(self.rank_anchor, members, rank) if rank_target is None else rank_target
             terms.append(deviation(sigma, rank, norm, goal, self.relative, self.one_sided))
-        return terms, positions
+        return terms
 
-    def _measured(self, weights: list[Tensor]) -> tuple[list[_Measured], list[list[int]]]:
-        groups, positions = by_shape(weights)
+    def goal(self, group: list[Tensor]) -> float | None:
+        """The stable rank that matrices of this shape are pulled to; None: their anchors."""
         wanted = self.rank_target
-        goals = [
-            None if isinstance(wanted, str) else resolve_rank_target(wanted, group[0], centered=self.center) for group in groups
-        ]
-        self._remember(groups)
+        return None if isinstance(wanted, str) else resolve_rank_target(wanted, group[0], centered=self.center)
+
+    def _measured(self, weights: list[Tensor]) -> tuple[list[Measured], list[list[int]]]:
+        groups, positions = by_shape(weights)
+        goals = [self.goal(group) for group in groups]
+        self.remember(groups)
         measured, first = [], 0
         for index, (group, goal) in enumerate(zip(groups, goals, strict=True)):
             last = first + matrices_in(group)
-            measured.append(_Measured(*self._values(group, index), goal, slice(first, last)))
+            measured.append(Measured(*self._values(group, index), goal, slice(first, last)))
             first = last
         return measured, positions
 
@@ -184,7 +190,7 @@ class SpectralRankPenalty(nn.Module):
         target, anchors = (self.sigma_target, self.anchor) if of == "sigma" else (self.rank_target, self.rank_anchor)
         return anchors if target == "initial" else None
 
-    def _remember(self, groups: list[list[Tensor]]) -> None:
+    def remember(self, groups: list[list[Tensor]]) -> None:
         """On the first call make room for what is kept for each matrix; later calls must bring the same matrices."""
         if not self.remembers:
             return

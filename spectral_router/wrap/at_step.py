@@ -21,8 +21,9 @@ from ..gates.gate import first_tokens
 from .delivery import token_mask
 from .optimizer import subtract_
 from .step import Call, Pull, Tap
+from .step_penalty import add_penalty_, penalty_gradients
 from .watch import tally
-from .weights import add_to_gradients, full_weight, sources, trainable
+from .weights import add_to_gradients, sources, trainable
 
 if TYPE_CHECKING:
     from .recorder import Recorder
@@ -164,11 +165,15 @@ class AtStep:
             self.alone, step.term, step.without_backward = True, None, 0
             step.fate = "goes to the gates' gradients at the optimizer's step"
         self.steps += 1
-        weights, biases = self._balance_gradients()
-        if not self.decoupled and self.steps % self.every == 0:
-            for number, slope in self._penalty_gradients(self.every).items():
-                weights[number] = weights[number] + slope if number in weights else slope
         scale = getattr(self.optimizer, "grad_scale", None)  # a fused optimizer takes the loss scale off itself
+        weights, biases = self._balance_gradients()
+        if (
+            not self.decoupled
+            and self.steps % self.every == 0
+            and (scale is not None or not add_penalty_(recorder, self._owned(), self.every))
+        ):
+            for number, slope in penalty_gradients(recorder, self.every).items():
+                weights[number] = weights[number] + slope if number in weights else slope
         for number, slope in weights.items():
             bias = biases.get(number)
             if scale is not None:
@@ -177,24 +182,6 @@ class AtStep:
 
     def _owned(self) -> set[int]:
         return {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-
-    def _penalty_gradients(self, times: float) -> dict[int, Tensor]:
-        """By the number of the first gate of each matrix: coefficient x gradient of the penalty, (K, D)."""
-        recorder = self.recorder
-        learning = recorder.learning()
-        if recorder.penalty is None or not any(learning):
-            return {}
-        leaves = {}
-        with torch.enable_grad():
-            for group in recorder.ties:
-                leaves[group[0]] = full_weight(recorder.gates[group[0]]).detach().requires_grad_()
-            with full_precision(next(iter(leaves.values())).device):
-                term = recorder.penalty_of(leaves)
-            firsts = [group[0] for group, learns in zip(recorder.ties, learning, strict=True) if learns]
-            if term is None or not term.requires_grad:
-                return {}
-            slopes = torch.autograd.grad(term * (recorder.penalty_coef * times), [leaves[first] for first in firsts])
-        return dict(zip(firsts, slopes, strict=True))
 
     def _balance_gradients(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         recorder = self.recorder
@@ -224,7 +211,7 @@ class AtStep:
             return
         found = getattr(optimizer, "found_inf", None)  # a fused optimizer has skipped this step, on the device
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        for number, slope in self._penalty_gradients(self.every).items():
+        for number, slope in penalty_gradients(self.recorder, self.every).items():
             for parameter, part in sources(self.recorder.gates[number], slope, None):
                 if id(parameter) in rates:
                     rate = rates[id(parameter)]

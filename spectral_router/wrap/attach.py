@@ -22,7 +22,7 @@ def wrap_moe(
     model: nn.Module | Sequence[nn.Module],
     optimizer: Any = None,
     *,
-    penalty: Penalty | Preset | None = "spread",
+    penalty: Penalty | Preset | Literal["default"] | None = "spread",
     balance: Balance | Literal["default"] | None = "default",
     penalty_coef: float = 1e-2,
     balance_coef: float = 1e-2,
@@ -99,6 +99,8 @@ def wrap_moe(
     for name, coef in (("penalty_coef", penalty_coef), ("balance_coef", balance_coef)):
         if not 0 <= coef < math.inf:
             raise ValueError(f"{name} must be a finite number of at least 0, got {name}={coef}")
+    if penalty == "default":
+        penalty = "spread"
     spread = penalty == "spread"
     if isinstance(penalty, str):
         penalty = preset(penalty)

@@ -34,6 +34,19 @@ def full_weight(gate: Gate) -> Tensor:
     return whole(gate.weight)
 
 
+def plain(gate: Gate) -> bool:
+    """Whether the weight is a parameter just as it is, all of it here."""
+    matrix = gate.matrix
+    return (
+        type(matrix) is nn.Parameter
+        and gate.adapter is None
+        and gate.index is None
+        and matrix.ndim == 2
+        and matrix.shape[1 if gate.transposed else 0] == gate.num_experts
+        and not hasattr(matrix, "ds_id")
+    )
+
+
 def trainable(gate: Gate) -> bool:
     if gate.adapter is not None:
         return any(parameter.requires_grad for parameter in gate.adapter.parameters())

@@ -65,7 +65,7 @@ def test_every_picture_is_shown() -> None:
 def test_every_page_is_in_the_navigation_or_a_part_of_one() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     pages = {path.relative_to(DOCS).as_posix() for path in DOCS.glob("**/*.md")}
-    parts = {part for text in TEXTS.values() for part in re.findall(r'^--8<-- "docs/([\w/]+\.md)', text, flags=re.MULTILINE)}
+    parts = {part for text in TEXTS.values() for part in re.findall(r'^ *--8<-- "docs/([\w/]+\.md)', text, flags=re.MULTILINE)}
     assert {page for page in pages - parts if f": {page}\n" not in navigation} == set()
 
 

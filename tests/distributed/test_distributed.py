@@ -14,7 +14,14 @@ import distributed_accelerate
 import pytest
 from distributed_worker import names, run
 
-ENGINES = ["distributed_at_step", "distributed_controllers", "distributed_ddp", "distributed_fsdp", "distributed_tp"]
+ENGINES = [
+    "distributed_at_step",
+    "distributed_controllers",
+    "distributed_ddp",
+    "distributed_fsdp",
+    "distributed_hold",
+    "distributed_tp",
+]
 
 ZERO = ["distributed_deepspeed", "distributed_zero_refuses"]
 

@@ -29,9 +29,14 @@ def stable_rank(weight: Tensor) -> Tensor:
 
 
 def spectral_rank_penalty(
-    weight: Tensor, sigma_target: float = 1.0, rank_target: float | None = None, relative: bool = False, center: bool = False
+    weight: Tensor,
+    sigma_target: float | Tensor = 1.0,
+    rank_target: float | Tensor | None = None,
+    relative: bool = False,
+    center: bool = False,
+    one_sided: bool = False,
 ) -> Tensor:
-    """Equations 3 + 5 for each matrix."""
+    """Equations 3 + 5 for each matrix; one-sided, a norm below and a rank above its target cost nothing."""
     weight = weight.double()
     rows, columns = weight.shape[-2:]
     if center:
@@ -44,6 +49,9 @@ def spectral_rank_penalty(
     if relative:
         sigma_part = sigma_part / sigma_target
         rank_part = rank_part / rank_target
+    if one_sided:
+        sigma_part = torch.where(sigma_part > 0, sigma_part, 0)
+        rank_part = torch.where(rank_part < 0, rank_part, 0)
     return sigma_part**2 + rank_part**2
 
 

@@ -38,7 +38,7 @@ class Objective(nn.Module):
         # what changes weights, or what sits in the routers, is no term
         self.alpha = config.alpha if self.spec.spectral and config.penalty in terms.PENALTIES else 0.0
         self.beta = config.beta if self.spec.balance and config.balance in terms.BALANCES else 0.0
-        self.penalty = terms.penalty(config, device)
+        self.penalty = terms.penalty(config)
         self.balance = terms.balance(config)
         self.reads = getattr(self.balance, "reads", "probs")  # probs or logits
 

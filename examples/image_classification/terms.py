@@ -32,26 +32,24 @@ if TYPE_CHECKING:
     from .config import Config
 
 
-def _rank(config: Config, device: torch.device) -> nn.Module:
+def _rank(config: Config) -> nn.Module:
     return SpectralRankPenalty(
         config.sigma_target,  # type: ignore[arg-type]  # Config.validate has seen to it
         config.rank_target,
         relative=config.relative,
-        # eigh, the exact solver, would make every step wait for the GPU
-        solver="power" if device.type == "cuda" else "exact",
     )
 
 
-PENALTIES: dict[str, Callable[[Config, torch.device], nn.Module]] = {
+PENALTIES: dict[str, Callable[[Config], nn.Module]] = {
     "rank": _rank,  # SR-MoE, equations 3 + 5
-    "norm": lambda config, device: SpectralNormPenalty(),  # Yoshida & Miyato 2017
-    "lewandowski": lambda config, device: SpectralNormPenalty(1, power=2),
-    "mhe": lambda config, device: HypersphericalEnergyPenalty(),
-    "mhe-half": lambda config, device: HypersphericalEnergyPenalty(half_space=True),
-    "comhe": lambda config, device: HypersphericalEnergyPenalty(half_space=True, projection="random"),
-    "so": lambda config, device: OrthogonalityPenalty("so"),
-    "simbal": lambda config, device: OrthogonalityPenalty("simbal"),
-    "ernie": lambda config, device: OrthogonalityPenalty("ernie"),
+    "norm": lambda config: SpectralNormPenalty(),  # Yoshida & Miyato 2017
+    "lewandowski": lambda config: SpectralNormPenalty(1, power=2),
+    "mhe": lambda config: HypersphericalEnergyPenalty(),
+    "mhe-half": lambda config: HypersphericalEnergyPenalty(half_space=True),
+    "comhe": lambda config: HypersphericalEnergyPenalty(half_space=True, projection="random"),
+    "so": lambda config: OrthogonalityPenalty("so"),
+    "simbal": lambda config: OrthogonalityPenalty("simbal"),
+    "ernie": lambda config: OrthogonalityPenalty("ernie"),
 }
 INPLACE = ("project", "rescue")
 
@@ -69,8 +67,8 @@ CONTROLLERS: dict[str, Callable[[Config], ImportanceConstraint | LossFreeBias]] 
 }
 
 
-def penalty(config: Config, device: torch.device) -> nn.Module:
-    return PENALTIES.get(config.penalty, _rank)(config, device)
+def penalty(config: Config) -> nn.Module:
+    return PENALTIES.get(config.penalty, _rank)(config)
 
 
 def balance(config: Config) -> nn.Module:

@@ -16,7 +16,14 @@ from distributed_worker import names, run
 
 pytestmark = pytest.mark.slow
 
-ENGINES = ["distributed_at_step", "distributed_controllers", "distributed_ddp", "distributed_fsdp", "distributed_tp"]
+ENGINES = [
+    "distributed_at_step",
+    "distributed_controllers",
+    "distributed_ddp",
+    "distributed_fsdp",
+    "distributed_hold",
+    "distributed_tp",
+]
 
 ZERO = ["distributed_deepspeed", "distributed_zero_refuses"]
 

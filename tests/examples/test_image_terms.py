@@ -33,7 +33,7 @@ def test_a_penalty_enters_with_alpha(name):
     assert parts.penalty.requires_grad
     torch.testing.assert_close(parts.total, parts.task + 0.3 * parts.penalty + 0.7 * parts.balance)
     # each call of a stateful one differs, so against a new module, at its first call
-    literal = terms.penalty(replace(CONFIG, penalty=name), CPU)(model.router_weights())
+    literal = terms.penalty(replace(CONFIG, penalty=name))(model.router_weights())
     torch.testing.assert_close(parts.penalty, literal)
 
 
@@ -53,8 +53,8 @@ def test_penalties_are_what_their_names_say():
     assert {*literal, "comhe"} == set(terms.PENALTIES)
     for name, values in literal.items():
         # the iteration of the spectral norm is at most a little low on a cold start
-        torch.testing.assert_close(terms.PENALTIES[name](CONFIG, CPU)(weights), values.sum(), rtol=0.02, atol=1e-5)
-    assert terms.PENALTIES["comhe"](CONFIG, CPU).projection == "random"
+        torch.testing.assert_close(terms.PENALTIES[name](CONFIG)(weights), values.sum(), rtol=0.02, atol=1e-5)
+    assert terms.PENALTIES["comhe"](CONFIG).projection == "random"
 
 
 @pytest.mark.parametrize("name", terms.BALANCES)

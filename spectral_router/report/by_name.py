@@ -13,6 +13,7 @@ _NOT_OF_THE_MODEL = re.compile(r"(^|\.)(optim\w*|exp_avg\w*|ema|scheduler)\.")
 # beside what a gate is called in models: the name of llama.cpp
 _IN_GGUF = re.compile(r"ffn_gate_inp")
 _MATRIX = re.compile(r"weight|kernel|gate_weight|w_gate|w_gating|w_g")
+_NOT_SCORING = re.compile(r"norm|noise|scale|bias|lora")
 _NUMBERED = re.compile(r"(?:^|\.)\w*experts?(?:\.\w+)??\.(\d+)\.|experts?\.[\w.]*?weight(\d+)$")
 _SHARED = re.compile(r"shared|shexp")
 SELECTION = re.compile(r"correction_bias|expert_biase?s?$|balancing_bias|exp_probs_b|selection_bias|moe_statics|score_bias")

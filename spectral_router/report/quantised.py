@@ -34,9 +34,7 @@ def numbers_of(checkpoint: Checkpoint, key: str) -> tuple[Tensor, str | None]:
         if tensor.dtype == torch.int8 and scb is not None:
             return tensor.float() * (scb.read().float()[:, None] / 127), "dequantised from int8 (bitsandbytes)"
         if tensor.dtype == torch.int8:
-            raise ValueError(
-                f"gate {key!r} is int8, and no scales of it are in the checkpoint; give the one before quantisation"
-            )
+            raise ValueError(f"gate {key!r} is int8 without scales; give the checkpoint from before the quantisation")
         return tensor.float(), f"{stored.dtype} without scales"
     if not tensor.is_floating_point():
         raise ValueError(f"gate {key!r} holds {stored.dtype}, no numbers; keep gates out of the quantisation")
@@ -52,7 +50,7 @@ def is_packed(checkpoint: Checkpoint, key: str) -> bool:
 def _scaled(key: str, tensor: Tensor, scale: Tensor) -> Tensor:
     if scale.ndim == 1 and len(scale) == len(tensor):
         scale = scale[:, None]
-    if scale.ndim != 2 or scale.numel() == 1 or (1 in scale.shape and len(scale) in (1, len(tensor))):
+    if scale.ndim != 2 or scale.numel() == 1 or scale.shape == (len(tensor), 1):
         return tensor * scale
     # blocks of equal size, the last ones cut off; a power of two in every format that has them
     blocks = [_block(side, count) for side, count in zip(tensor.shape, scale.shape, strict=True)]

@@ -106,6 +106,8 @@ def compare_checkpoints(
 
 def drift(before: CheckpointReport, after: CheckpointReport) -> Comparison:
     """The comparison of two reports."""
+    if before.family and after.family and before.family != after.family:
+        raise ValueError(f"{before.path} and {after.path} are different models: {before.family} and {after.family}")
     old = {gate.name: gate for gate in before.gates}
     new = {gate.name: gate for gate in after.gates}
     if old.keys() != new.keys() and [_shape(g) for g in before.gates] == [_shape(g) for g in after.gates]:

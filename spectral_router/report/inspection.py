@@ -21,13 +21,15 @@ _OVER_DEPTH = ("spectral_norm", "stable_rank", "effective_rank", "centred_stable
 class CheckpointReport:
     """What a checkpoint tells of its routers.
 
-    path, kind: where it is, and its format. model: the class that config.json names.
+    path, kind: where it is, and its format. model, family: the class that config.json names, and its model_type.
+    top_k: experts a token, if config.json says it.
     gates: one `GateReport` a gate, in the order of the model. notes: what a reader should know of how they were found.
     """
 
     path: str
     kind: str
     model: str | None
+    family: str | None
     top_k: int | None
     gates: list[GateReport]
     notes: list[str]
@@ -94,9 +96,12 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, progress: Callable[[int,
         reports.append(report_of(gate, top_k, groups > 1))
     if progress is not None:
         progress(len(gates), len(gates))
+    family = checkpoint.config.get("model_type")
     names = checkpoint.config.get("architectures") or [checkpoint.config.get("gguf_architecture")]
     model = names[0] if isinstance(names, list) and isinstance(names[0], str) else None
-    return CheckpointReport(str(path), checkpoint.kind, model, top_k, reports, notes)
+    return CheckpointReport(
+        str(path), checkpoint.kind, model, family if isinstance(family, str) else None, top_k, reports, notes
+    )
 
 
 def _whole(checkpoint: Checkpoint, *keys: str) -> int | None:

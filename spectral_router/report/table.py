@@ -20,6 +20,20 @@ from .words import (
     over_time_rows,
 )
 
+# by importance: what is left out first where the terminal is narrow stands last
+_WANTED = (
+    "gate",
+    "checkpoint",
+    "verdict",
+    "verdict now",
+    "not healthy",
+    "stable rank",
+    "change",
+    "certified",
+    "centred",
+    "σ max",
+)
+_VERDICT = 24  # columns of the terminal; it wraps
 _STYLES = {"healthy": "green", "narrow": "yellow", "loud": "yellow", "dead-looking": "yellow", "duplicates": "yellow"}
 
 
@@ -83,6 +97,9 @@ def _table(out: Any, title: str, head: Sequence[str], usual: list[list[str]], ro
     from rich.table import Table
     from rich.text import Text
 
+    kept = _fitting(head, [*usual, *rows], out.width)
+    head = [head[column] for column in kept]
+    usual, rows = ([[row[column] for column in kept] for row in part] for part in (usual, rows))
     table = Table(box=SIMPLE, pad_edge=False, header_style="bold")
     for name in head:
         left = name in ("gate", "checkpoint") or name.startswith("verdict")
@@ -95,3 +112,19 @@ def _table(out: Any, title: str, head: Sequence[str], usual: list[list[str]], ro
         table.add_row(*(Text(cell) for cell in row[:-1]), Text(row[-1], style=style))
     out.print(Text(title, style="bold"))
     out.print(table)
+
+
+def _fitting(head: Sequence[str], rows: list[list[str]], width: int) -> list[int]:
+    """The columns for which there is room."""
+
+    def needs(column: int) -> int:
+        cells = [len(row[column]) for row in rows] + [len(head[column])]
+        return (min(max(cells), _VERDICT) if head[column].startswith("verdict") else max(cells)) + 3
+
+    def importance(column: int) -> int:
+        return _WANTED.index(head[column]) if head[column] in _WANTED else len(_WANTED) + column
+
+    kept = list(range(len(head)))
+    while len(kept) > 2 and sum(map(needs, kept)) > width:
+        kept.remove(max(kept, key=importance))
+    return kept

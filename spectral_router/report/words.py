@@ -10,7 +10,7 @@ from .comparison import Comparison
 from .gate_report import GateReport
 from .inspection import CheckpointReport
 
-INSPECTED = ("gate", "σ max", "stable rank", "centred", "effective", "condition", "energy", "rows", "closest", "verdict")
+INSPECTED = ("gate", "σ max", "stable rank", "centred", "effective", "condition", "energy", "row norms", "closest", "verdict")
 COMPARED = ("gate", "change", "row cosine", "angle", "stable rank", "σ max", "certified", "swapped", "verdict now")
 OVER_TIME = ("checkpoint", "σ max", "stable rank", "centred", "closest", "change", "certified", "not healthy")
 
@@ -43,6 +43,10 @@ def share(value: float) -> str:
     """A percentage that says 100 % only of all."""
     percent = 100 * value
     return f"{percent:.0f} %" if percent in (0, 100) else f"{min(max(percent, 0.1), 99.9):.1f} %"
+
+
+def percent(value: float) -> str:
+    return f"{number(100 * value)} %"
 
 
 def heading(report: CheckpointReport) -> str:
@@ -98,7 +102,7 @@ def compared_rows(comparison: Comparison) -> list[list[str]]:
         angle = f"{gate.angles.max().rad2deg():.1f}°" if len(gate.angles) else "–"
         least = number(gate.row_cosines.min().item())
         rows.append(
-            [label, share(gate.change), least, angle, ranks, norms, share(gate.certified_share), swapped, gate.after.verdict]
+            [label, percent(gate.change), least, angle, ranks, norms, share(gate.certified_share), swapped, gate.after.verdict]
         )
     return rows
 
@@ -116,7 +120,7 @@ def over_time_rows(reports: Sequence[CheckpointReport], drifts: Sequence[Compari
         certified = min(gate.certified_share for gate in drift.gates)
         ill = sum(gate.verdict != "healthy" for gate in report.gates)
         rows.append(
-            [report.path, *medians, share(changes[len(changes) // 2]), share(certified), f"{ill} of {len(report.gates)}"]
+            [report.path, *medians, percent(changes[len(changes) // 2]), share(certified), f"{ill} of {len(report.gates)}"]
         )
     return rows
 

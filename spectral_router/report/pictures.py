@@ -81,10 +81,9 @@ def _curve(curve: Curve, ticks: Sequence[str], x: _Scale, y: _Scale) -> list[str
             continue
         pieces[-1].append((x(place), y(value)))
         if len(curve.values) <= 80:
-            told = f"{curve.name}, {ticks[place]}: {value:.4g}"
-            dots.append(
-                f'<circle cx="{x(place):.1f}" cy="{y(value):.1f}" r="2.6" fill="{colour}"><title>{escape(told)}</title></circle>'
-            )
+            told = escape(f"{curve.name}, {ticks[place]}: {value:.4g}")
+            circle = f'<circle cx="{x(place):.1f}" cy="{y(value):.1f}" r="2.6" fill="{colour}">'
+            dots.append(f"{circle}<title>{told}</title></circle>")
     lines = [f'<polyline points="{_points(piece)}" style="stroke:{colour}"/>' for piece in pieces if len(piece) > 1]
     return lines + dots
 

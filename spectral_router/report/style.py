@@ -50,6 +50,7 @@ _WORDS = (
     ("broken, zero", "NaN or inf in the matrix; nothing but zeros"),
 )
 EXPLAINED = (
-    '<h2>What the words mean</h2><p class="hint">A verdict is about the matrix alone: what tokens make of it, only data can say.</p>'
+    "<h2>What the words mean</h2>"
+    '<p class="hint">A verdict is about the matrix alone; what tokens make of it, data must say.</p>'
     "<dl>" + "".join(f"<dt>{word}</dt><dd>{meaning}</dd>" for word, meaning in _WORDS) + "</dl>"
 )

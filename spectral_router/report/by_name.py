@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from ..gates.find import GATE_NAME
+from .quantised import is_packed, numbers_of
 from .stored import Checkpoint, natural
 
 _NOT_OF_THE_MODEL = re.compile(r"(^|\.)(optim\w*|exp_avg\w*|ema|scheduler)\.")
@@ -40,6 +41,8 @@ def gates_by_name(checkpoint: Checkpoint) -> tuple[list[ByName], list[str]]:
         name = _gate_name(key)
         if name is None or len(shape) != 2 or _SHARED.search(key):
             continue
+        if is_packed(checkpoint, key):
+            numbers_of(checkpoint, key)  # its shape says nothing; the sentence is there
         block = name.rpartition(".")[0]
         near = counts.get(block) or counts.get(block.rpartition(".")[0]) or set()
         if type(stated) is int and stated > 1 and not near & set(shape):

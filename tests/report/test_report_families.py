@@ -15,7 +15,7 @@ from survey.family_table import TRANSFORMERS
 # of other people's modules
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 # what names and shapes alone cannot tell: rows that are keys of experts, and a row more than experts that is no expert's
-NAMES_ARE_NOT_ENOUGH = {"doge", "inkling", "inkling2"}
+NAMES_ARE_NOT_ENOUGH = {"doge", "inkling"}
 
 
 def untied(gates: list[Gate]) -> list[Gate]:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .certified import certified
 from .gate_report import GateReport
 from .inspection import CheckpointReport, inspect_checkpoint
-from .rounding import certified
 
 _SAME = 1e-7  # relative change below which nothing was trained
 _CANDIDATES = 0.125  # share of the experts that is listed for pruning

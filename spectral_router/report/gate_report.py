@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .certified import certified_shares
 from .fresh import fresh
 from .geometry import Geometry, geometry
-from .rounding import certified_shares
 from .stored_gate import StoredGate
 from .verdicts import Verdict, verdicts
 

@@ -1,29 +1,11 @@
-"""What rounding to fewer bits does to the rows of a gate."""
+"""Rows of a gate that moved, by training or rounding, and are still their own expert's."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-
-def _fp8(tensor: Tensor) -> Tensor:
-    scale = tensor.abs().amax(-1, keepdim=True).clamp_min(1e-30) / torch.finfo(torch.float8_e4m3fn).max
-    return (tensor / scale).to(torch.float8_e4m3fn).to(tensor.dtype) * scale
-
-
-def _int8(tensor: Tensor) -> Tensor:
-    scale = tensor.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
-    return (tensor / scale).round().clamp(-127, 127) * scale
-
-
-# each row, of weights or of tokens, with a scale of its own, as inference engines have it
-ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "bf16": lambda tensor: tensor.bfloat16().to(tensor.dtype),
-    "fp8": _fp8,
-    "int8": _int8,
-}
+from ..routing.rounding import ROUNDINGS
 
 
 def certified(moved: Tensor, distances: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """Healthy mixture-of-experts routers: distance-based gates, spectral penalties, load balancing.
 
 Rooms, each with a paragraph at its door: `penalties` read weights, `balance` reads probabilities, `routing` chooses, `gates`
-finds the gates of other people's models, `wrap` puts it all on them by hooks, `integrations` speaks to trainers. Public is
-what is named here and in `functional`; file names inside the rooms may change.
+finds the gates of other people's models, `wrap` puts it all on them by hooks, `report` reads checkpoints, `integrations` speaks
+to trainers. Public is what is named here and in `functional`; file names inside the rooms may change.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from . import functional
 from .balance import (
@@ -27,6 +29,9 @@ from .penalties import (
 from .routing import Controller, PrototypeRouter, RouterOutput, rescue_collapsed_, route
 from .wrap import MoEHandle, wrap_moe
 
+if TYPE_CHECKING:
+    from .report import compare_checkpoints, inspect_checkpoint
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -46,11 +51,22 @@ __all__ = [
     "SpectralNormPenalty",
     "SpectralRankPenalty",
     "SwitchLoss",
+    "compare_checkpoints",
     "find_gates",
     "functional",
+    "inspect_checkpoint",
     "penalize",
     "project_spectral_",
     "rescue_collapsed_",
     "route",
     "wrap_moe",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Reading checkpoints is not what a training run imports this for: that room opens when it is asked for."""
+    if name in ("compare_checkpoints", "inspect_checkpoint"):
+        from . import report
+
+        return getattr(report, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,6 +16,7 @@ FLOORS: dict[str, set[str]] = {
     "routing": {"penalties", "balance"},
     "gates": set(),
     "wrap": {"penalties", "balance", "routing", "gates"},
+    "report": {"penalties", "balance", "routing", "gates", "wrap"},
     "integrations": {"penalties", "balance", "routing", "gates", "wrap"},
 }
 GROUND = {"_precision", "_rules", "_sharding"}

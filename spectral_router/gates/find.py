@@ -19,7 +19,7 @@ __all__ = ["Gate", "find_gates"]
 
 # A gate is called one of these words, alone or with the company listed; `gate_proj`, `output_gate` and
 # `per_layer_input_gate` are the gates of something else.
-_GATE_NAME = re.compile(
+GATE_NAME = re.compile(
     r"(?:(?:moe|experts?|tokens?|top_?k|noisy|sparse|mlp|ffn|base)_?)*"
     r"(?:gates?|gating|routers?|routing|wg|w_g|w_gate|w_gating|w_router|switch)"
     r"(?:_(?:gate|network|net|layer|linear|module|fn|weights?|matrix|logits))*"
@@ -75,7 +75,7 @@ def gates_by_path(model: nn.Module) -> list[Gate]:
 
 def looks_like_gate(name: str, module: nn.Module) -> bool:
     """By the name of the attribute or of the class."""
-    return bool(_GATE_NAME.fullmatch(name.lower()) or _GATE_CLASS.search(type(module).__name__))
+    return bool(GATE_NAME.fullmatch(name.lower()) or _GATE_CLASS.search(type(module).__name__))
 
 
 def gate_in(name: str, module: nn.Module, parent: nn.Module | None) -> list[Gate]:
@@ -105,7 +105,7 @@ def _candidates(name: str, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, block
     for child_name, child in block.named_children():
         path = f"{name}.{child_name}".lstrip(".")
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and _GATE_NAME.fullmatch(child_name.lower()):
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and GATE_NAME.fullmatch(child_name.lower()):
             yield from ((f"{path}.{key}", element) for key, element in child.named_children())
         elif looks_like_gate(child_name, child):
             yield path, child
@@ -154,7 +154,7 @@ class _Search:
         gates: list[Gate] = []
         counts = counts_in(block) | counts_beside(block, None)
         for path, parameter in block.named_parameters(recurse=False):
-            if _GATE_NAME.fullmatch(path.lower()) and parameter.ndim == 2 and set(parameter.shape) & counts:
+            if GATE_NAME.fullmatch(path.lower()) and parameter.ndim == 2 and set(parameter.shape) & counts:
                 count = max(set(parameter.shape) & counts)
                 gates += self.read_as(f"{name}.{path}".lstrip("."), block, None, path, parameter, count)
         return gates

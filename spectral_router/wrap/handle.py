@@ -14,6 +14,7 @@ from ..gates.names import bare_text
 from ..gates.select import Selector, select_gates
 from .at_step import AtStep
 from .delivery import share_above
+from .examined import examine
 from .hooks import AtGate, Hook
 from .metrics import measure
 from .optimizer import check_optimizer
@@ -152,6 +153,26 @@ class MoEHandle(Recorder):
         This reads numbers back from the device, so call it at logging steps; under FSDP2 and ZeRO-3 call it on every rank.
         """
         return measure(self)
+
+    def report(self, batch: Any, *, top_k: int | None = None) -> dict[str, dict[str, Any]]:
+        """What a batch tells of each gate, by its name: one forward in evaluation, without gradients and without the term.
+
+        tokens, top_k; load: each expert's share of the choices; probability: its mean probability; coactivation: K x K, the
+        share of tokens that get both (the diagonal: that get it); margin: by how much the last chosen logit is above the best
+        of the others; radius: the largest change of the gate's input that cannot change the choice, as
+        `functional.choice_radius` has it, and relative_radius, over the input's norm; flips: by format (bf16, fp8, int8), the
+        share of tokens whose choice changes when inputs and weight are rounded to it, as between training and serving. Margin
+        and radii are quantiles over tokens; radii and flips are None where the logits are not W x + b of what comes in. The
+        choice is that of the logits: a selection bias, noise and groups are not in it.
+
+        Args:
+            batch: what the model takes: a mapping of keywords, a tuple, or one tensor.
+            top_k: experts a token; None is what the gate or the model's config says.
+
+        Raises:
+            ValueError: nothing says how many experts a token gets, or it is no such number.
+        """
+        return examine(self.model, self.gates, batch, top_k)
 
     def remove(self) -> None:
         """Take every hook off; the model is then what it was. Call it after the backward; safe to call twice."""

@@ -1,8 +1,8 @@
 """Healthy mixture-of-experts routers: distance-based gates, spectral penalties, load balancing.
 
 Rooms, each with a paragraph at its door: `penalties` read weights, `balance` reads probabilities, `routing` chooses, `gates`
-finds the gates of other people's models, `wrap` puts it all on them by hooks, `integrations` speaks to trainers. Public is
-what is named here and in `functional`; file names inside the rooms may change.
+finds the gates of other people's models, `wrap` puts it all on them by hooks, `surgery` changes one path of experts,
+`integrations` speaks to trainers. Public is what is named here and in `functional`; file names inside the rooms may change.
 """
 
 from . import functional
@@ -25,6 +25,7 @@ from .penalties import (
     project_spectral_,
 )
 from .routing import Controller, PrototypeRouter, RouterOutput, rescue_collapsed_, route
+from .surgery import experts_of
 from .wrap import MoEHandle, wrap_moe
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "SpectralNormPenalty",
     "SpectralRankPenalty",
     "SwitchLoss",
+    "experts_of",
     "find_gates",
     "functional",
     "penalize",

@@ -15,6 +15,7 @@ FLOORS: dict[str, set[str]] = {
     "routing": {"penalties", "balance"},
     "gates": set(),
     "wrap": {"penalties", "balance", "routing", "gates"},
+    "surgery": {"penalties", "balance", "routing", "gates", "wrap"},
     "integrations": {"penalties", "balance", "routing", "gates", "wrap"},
 }
 GROUND = {"_precision", "_rules", "_sharding"}

@@ -25,13 +25,14 @@ from .penalties import (
     project_spectral_,
 )
 from .routing import Controller, PrototypeRouter, RouterOutput, rescue_collapsed_, route
-from .surgery import experts_of
+from .surgery import ExpertPath, experts_of, load_delta, surgical
 from .wrap import MoEHandle, wrap_moe
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Controller",
+    "ExpertPath",
     "Gate",
     "HypersphericalEnergyPenalty",
     "ImportanceConstraint",
@@ -50,9 +51,11 @@ __all__ = [
     "experts_of",
     "find_gates",
     "functional",
+    "load_delta",
     "penalize",
     "project_spectral_",
     "rescue_collapsed_",
     "route",
+    "surgical",
     "wrap_moe",
 ]

@@ -39,8 +39,12 @@ class Part:
         return count
 
     def __repr__(self) -> str:
-        where = "" if self.index is None else f"[{', '.join(map(_text, self.index))}]"
-        return f"Part({'x'.join(map(str, self.parameter.shape))}{where})"
+        return f"Part({'x'.join(map(str, self.parameter.shape))}{'' if self.index is None else where(self.index)})"
+
+
+def where(index: Index) -> str:
+    """As it is written in code."""
+    return f"[{', '.join(map(_text, index))}]"
 
 
 def _text(cut: slice) -> str:

@@ -20,7 +20,7 @@ from .guard import Guard
 from .part import Part, Region
 from .path import ExpertPath, Layer
 from .select import check_rule, select
-from .usage import usage_of
+from .usage import reshard, usage_of
 
 _TAKE = "also takes"
 
@@ -138,6 +138,7 @@ class Surgery:
         handle: MoEHandle | None,
     ) -> None:
         self.model, self.path, self.freeze, self.handle = model, path, freeze, handle
+        reshard(model)
         by_name = {gate.name: gate for gate in gates}
         self.parts: dict[str, list[Part]] = {}
         for layer in path.layers:
@@ -152,6 +153,7 @@ class Surgery:
         self.parts["also"] = [] if also is None else _named(model, also)
 
     def __enter__(self) -> ExpertPath:
+        reshard(self.model)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         parts = [part for of_gate in self.parts.values() for part in of_gate]
         whole = {part.parameter for part in parts if part.index is None}

@@ -175,6 +175,14 @@ def _still(model: nn.Module) -> Iterator[None]:
             for module in training:
                 module.training = True
             put_back(buffers)
+            reshard(model)
+
+
+def reshard(model: nn.Module) -> None:
+    """After a forward FSDP2 leaves the root's parameters gathered: other tensors than those that the optimizer holds."""
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()  # type: ignore[operator]
 
 
 def put_back(buffers: Iterable[tuple[Tensor, Tensor]]) -> None:

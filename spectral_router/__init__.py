@@ -1,8 +1,9 @@
 """Healthy mixture-of-experts routers: distance-based gates, spectral penalties, load balancing.
 
 Rooms, each with a paragraph at its door: `penalties` read weights, `balance` reads probabilities, `routing` chooses, `gates`
-finds the gates of other people's models, `wrap` puts it all on them by hooks, `report` reads checkpoints, `integrations` speaks
-to trainers. Public is what is named here and in `functional`; file names inside the rooms may change.
+finds the gates of other people's models, `wrap` puts it all on them by hooks, `report` reads checkpoints, `surgery` changes one
+path of experts, `integrations` speaks to trainers. Public is what is named here and in `functional`; file names inside the rooms
+may change.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from .penalties import (
     project_spectral_,
 )
 from .routing import Controller, PrototypeRouter, RouterOutput, rescue_collapsed_, route
+from .surgery import ExpertPath, experts_of, load_delta, surgical
 from .wrap import MoEHandle, wrap_moe
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Controller",
+    "ExpertPath",
     "Gate",
     "HypersphericalEnergyPenalty",
     "ImportanceConstraint",
@@ -52,13 +55,16 @@ __all__ = [
     "SpectralRankPenalty",
     "SwitchLoss",
     "compare_checkpoints",
+    "experts_of",
     "find_gates",
     "functional",
     "inspect_checkpoint",
+    "load_delta",
     "penalize",
     "project_spectral_",
     "rescue_collapsed_",
     "route",
+    "surgical",
     "wrap_moe",
 ]
 

@@ -17,6 +17,7 @@ FLOORS: dict[str, set[str]] = {
     "gates": set(),
     "wrap": {"penalties", "balance", "routing", "gates"},
     "report": {"penalties", "balance", "routing", "gates", "wrap"},
+    "surgery": {"penalties", "balance", "routing", "gates", "wrap"},
     "integrations": {"penalties", "balance", "routing", "gates", "wrap"},
 }
 GROUND = {"_precision", "_rules", "_sharding"}

@@ -97,7 +97,10 @@ def gate_of(name: str, owner: nn.Module, attribute: str, parent: nn.Module | Non
         count = columns if multiplied_from_left(owner, attribute) else rows
     else:
         count = rows if rows in counts else columns
-    return _Search().read_as(name, owner, None, attribute, matrix, count)
+    found = _Search().read_as(name, owner, None, attribute, matrix, count)
+    for gate in found:
+        gate.block = owner if parent is None or beside_experts(owner) else parent
+    return found
 
 
 def _candidates(name: str, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -171,6 +174,7 @@ class _Search:
         gates = []
         for index in indices:
             gate = Gate(name, router, count, path, transposed=transposed, index=index, reads="input")
+            gate.block = router if block is None else block
             gates.append(observe(gate, block, self.settled))
             gate.name += "" if index is None else f"[{index}]"
         return gates

@@ -43,6 +43,7 @@ class Gate:
             probabilities `(tokens, experts)`.
         adapter: the PEFT layer that adapts the matrix, if there is one.
         assumed: the weights that the gate handed out in its trial fit no scoring of W x + b that is known here.
+        block: the module that the gate was found in, beside the experts that it scores; for `experts_of`.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Gate:
     probs: Callable[[Tensor, Any], Tensor] | None = None
     adapter: nn.Module | None = None
     assumed: bool = False
+    block: nn.Module | None = None
 
     def __post_init__(self) -> None:
         if self.scoring not in SCORES:

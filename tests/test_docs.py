@@ -1,6 +1,7 @@
 """The documentation: its code runs, its pictures and sections are used, its numbers say where they come from."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,15 @@ def test_every_page_is_in_the_navigation_or_a_part_of_one() -> None:
     pages = {path.relative_to(DOCS).as_posix() for path in DOCS.glob("**/*.md")}
     parts = {part for text in TEXTS.values() for part in re.findall(r'^ *--8<-- "docs/([\w/]+\.md)', text, flags=re.MULTILINE)}
     assert {page for page in pages - parts if f": {page}\n" not in navigation} == set()
+
+
+@pytest.mark.parametrize("name", [*sorted(TEXTS), "CHANGELOG.md", "CONTRIBUTING.md"])
+def test_commands_and_files_that_are_named_exist(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    modules = set(re.findall(r"-m ((?:examples|studies|benchmarks|survey)[\w.]*\w)", text))
+    assert {module for module in modules if find_spec(module) is None} == set()
+    files = set(re.findall(r"`((?:docs|examples|spectral_router|studies|benchmarks|tests)/[\w./]+)`", text))
+    assert {file for file in files if not (ROOT / file).exists()} == set()
 
 
 @pytest.mark.parametrize("page", RESULTS)

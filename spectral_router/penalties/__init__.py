@@ -4,9 +4,10 @@ In come matrices (experts, dim), out go scalars with closed-form or plain gradie
 (`project_spectral_`). Knows of no gate, model or probability.
 
 `spectrum` computes singular values and their gradients, for `formulas` (spectral norm, stable rank and their penalty as
-functions) and for two modules, `spectral_rank` and `spectral_norm`. `energy` has `energy_formula` and `energy_projections`;
-`orthogonality` and `project_spectral` are each alone. `groups` batches matrices of one shape for all; `layers` takes a
-penalty to layers of any kind.
+functions) and for two modules: `spectral_norm`, and `spectral_rank` with `anchors` (targets taken from the weights) and
+`presets` (its settings by name). `energy` has `energy_formula` and `energy_projections`; `orthogonality` and
+`project_spectral` are each alone. `groups` batches matrices of one shape for all; `layers` takes a penalty to layers of any
+kind.
 """
 
 from .energy import HypersphericalEnergyPenalty

@@ -2,8 +2,8 @@
 
 Rooms, each with a paragraph at its door: `penalties` read weights, `balance` reads probabilities, `routing` chooses, `gates`
 finds the gates of other people's models, `wrap` puts it all on them by hooks, `report` reads checkpoints, `surgery` changes one
-path of experts, `integrations` speaks to trainers. Public is what is named here and in `functional`; file names inside the rooms
-may change.
+path of experts, `integrations` speaks to trainers. Public is what is named here and in `functional`; file names inside the
+rooms may change.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -15,7 +15,8 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off. Not even asked for where it is off already: on small gates that takes as long as the computation."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    known = device.type != "meta"  # which has no autocast
+    return torch.autocast(device.type, enabled=False) if known and torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def keep_precision(module: nn.Module, before: dict[str, Tensor | None]) -> None:

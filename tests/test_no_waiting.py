@@ -171,7 +171,7 @@ def pretended_cuda() -> Iterator[None]:
 
 
 # these take a gradient on their way forward, which autograd runs in a thread of the device that is not there
-INNER_GRADIENT = {"penalty: energy, angles", "penalty: energy, adversarial"}
+INNER_GRADIENT = {"penalty: energy, angles", "penalty: energy, adversarial", "wrapped: at the step", "wrapped: decoupled"}
 
 
 @pytest.mark.parametrize("name", [name for name in PATHS if name not in INNER_GRADIENT])

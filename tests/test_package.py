@@ -21,6 +21,7 @@ def python(code: str, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_import_loads_torch_and_einops_and_nothing_else(tmp_path: Path) -> None:
     show = "import sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     base, ours = (

@@ -71,7 +71,8 @@ def test_wheel_works_in_a_new_environment(release: Release, tmp_path: Path) -> N
     venv.create(tmp_path / "new")
     python = tmp_path / "new" / ("Scripts" if os.name == "nt" else "bin") / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", release.wheel, cwd=tmp_path)
-    # torch and einops are those of this interpreter; its .pth files, an editable install among them, are not read
+    # torch and einops are those of this interpreter; its .pth files, an editable install among them, are not read, nor
+    # is PYTHONPATH
     own = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
     (own / "borrowed.pth").write_text("\n".join([*site.getsitepackages(), site.getusersitepackages()]), encoding="utf-8")
     code = """
@@ -79,7 +80,7 @@ import importlib.metadata, spectral_router, torch
 output = spectral_router.PrototypeRouter(4, 2)(torch.ones(1, 4))
 print(spectral_router.__file__, importlib.metadata.version("spectral-router"), tuple(output.probs.shape), sep="\\n")
 """
-    file, version, shape = run(python, "-c", code, cwd=tmp_path).splitlines()
+    file, version, shape = run(python, "-E", "-c", code, cwd=tmp_path).splitlines()
     assert Path(file).is_relative_to(own)
     assert (version, shape) == (VERSION, "(1, 2)")
 

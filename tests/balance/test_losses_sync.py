@@ -78,6 +78,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float | str]:
     return run(["test_losses_sync"], tmp_path_factory.mktemp("sync"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names(__name__))
 def test_two_processes(two: dict[str, float | str], name: str) -> None:
     assert isinstance(two[name], float), two[name]

@@ -16,6 +16,8 @@ from examples.transformer_moe import arms, measure, model
 from examples.transformer_moe.__main__ import main
 from examples.transformer_moe.config import Config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("flags", "message"),

@@ -16,6 +16,8 @@ from spectral_router.functional import load_balance_loss
 from spectral_router.integrations import router_metrics
 from spectral_router.integrations.transformers import MoECallback
 
+pytestmark = pytest.mark.slow
+
 ALPHA, BETA = 0.5, 0.3
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 COEFS = {"penalty_coef": ALPHA, "balance_coef": BETA}

@@ -54,6 +54,7 @@ def test_the_table_in_the_documentation_is_of_these_models() -> None:
     assert all(found == expected and extra == "0" for _, found, expected, extra in rows)
 
 
+@pytest.mark.slow
 def test_command_prints_the_table_and_names_unknown_models() -> None:
     command = [sys.executable, "-m", "studies.gates", "linear_gate"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from survey import CASES
 from torch import Tensor, nn
 
 from spectral_router import Gate, experts_of, find_gates
 from spectral_router.surgery.usage import Tally, watched
+from studies.gates import CASES
 
 # of other people's modules
 pytestmark = [

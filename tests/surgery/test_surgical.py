@@ -6,10 +6,10 @@ import pytest
 import torch
 from moe_models import BATCH, Regressor, mixtral, tokens
 from surgical_checks import OPTIMIZERS, assert_only_path_changed, bits, may_change, steps
-from survey import CASES
 from torch import nn
 
 from spectral_router import ExpertPath, surgical, wrap_moe
+from studies.gates import CASES
 
 # of other people's modules
 pytestmark = [

@@ -214,6 +214,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_hooks_registered_after_loading_in_a_new_process_do_not_take_the_place_of_ours(tmp_path: Path) -> None:
     for what in ("save", "load"):
         command = [sys.executable, "-c", HOOKS_AFTER_LOADING, str(tmp_path / "model.pt"), what]

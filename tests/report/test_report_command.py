@@ -122,8 +122,11 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs) -> None:
         self.tags[tag] = self.tags.get(tag, 0) + 1
         self.links += [value for name, value in attrs if name in ("src", "href", "data", "action")]
-        if tag not in ("meta", "img", "line", "circle", "polyline", "polygon", "br"):
+        if tag not in ("meta", "img"):
             self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs) -> None:
+        self.tags[tag] = self.tags.get(tag, 0) + 1
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from survey.cases import Case
-from survey.family_table import TRANSFORMERS
 
 from spectral_router import Gate, find_gates, inspect_checkpoint
 from spectral_router.functional import spectral_norm, stable_rank
 from spectral_router.report.checkpoint import open_checkpoint
 from spectral_router.report.find_stored import stored_gates
+from studies.gates.cases import Case
+from studies.gates.family_table import TRANSFORMERS
 
 # of other people's modules
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]

@@ -88,8 +88,9 @@ def test_each_verdict_has_its_gate() -> None:
     line = torch.linspace(-1, 1, 8)[:, None] * gate(1, 64, 1) + 0.05 * weight
     assert words(line) == "collapsed"
     assert words(gate(1, 64, 1) + 0.05 * weight) == "collapsed"
-    few = torch.randn(64, 8, generator=torch.Generator().manual_seed(3)) @ gate(8, 256) + 0.05 * gate(64, 256)
+    few = gate(64, 256) + gate(64, 1, 1) @ gate(1, 256, 2)
     assert words(few) == "narrow"
+    assert words(gate(64, 256) + 0.5 * gate(64, 1, 1) @ gate(1, 256, 2)) == "healthy"
     pair = weight.clone()
     pair[6] = pair[1] + 0.02 * gate(1, 64, 9)[0]
     assert words(pair) == "duplicates 1, 6"

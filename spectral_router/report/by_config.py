@@ -85,7 +85,8 @@ def _selection_bias(model: nn.Module, gate: Gate) -> str:
     return ""
 
 
-def _empty_model(settings: dict[str, Any], architecture: str) -> nn.Module:
+def model_class(settings: dict[str, Any], architecture: str) -> tuple[Any, Any]:
+    """The class of transformers that a config names, and the config as an object; of transformers' own alone."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -99,6 +100,11 @@ def _empty_model(settings: dict[str, Any], architecture: str) -> nn.Module:
         raise ValueError(f"transformers {transformers.__version__} has no such model")
     config = config_class.from_dict(settings)
     config._attn_implementation = "eager"
+    return kind, config
+
+
+def _empty_model(settings: dict[str, Any], architecture: str) -> nn.Module:
+    kind, config = model_class(settings, architecture)
     with torch.device("meta"):
         model: nn.Module = kind._from_config(config)
     return model

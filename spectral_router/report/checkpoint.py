@@ -80,16 +80,16 @@ def _folder(folder: Path) -> Checkpoint:
     shards = [path for path in files if path.suffix == ".safetensors"]
     if len(indices) == 1:
         return _sharded(folder, indices[0])
-    if len(files) == 1:
-        found = _file(files[0])
-        found.config = found.config or _json(folder / "config.json")
-        return found
     if shards and len({path.name.rpartition("-of-")[2] for path in shards}) == 1 and "-of-" in shards[0].name:
         total = shards[0].stem.rpartition("-of-")[2]
         if total.isdigit() and int(total) != len(shards):
             raise ValueError(f"{folder} holds {len(shards)} of {int(total)} shards, and no index; add the missing ones")
         tensors = {name: stored for path in shards for name, stored in safetensors_in(path).items()}
         return Checkpoint(folder, f"safetensors, {len(shards)} shards", tensors, _json(folder / "config.json"))
+    if len(files) == 1:
+        found = _file(files[0])
+        found.config = found.config or _json(folder / "config.json")
+        return found
     if files:
         raise ValueError(f"{folder} holds {len(files)} checkpoints ({files[0].name}, {files[1].name}, ...); name one of them")
     raise ValueError(f"{folder} holds no checkpoint: no .safetensors, .bin, .pt, .gguf, and no .metadata of a distributed one")

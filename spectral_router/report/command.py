@@ -10,7 +10,7 @@ from typing import Any
 
 from .comparison import Comparison, compare_checkpoints, drift
 from .inspection import CheckpointReport, inspect_checkpoint
-from .table import console, show_comparison, show_inspection, show_over_time
+from .table import console, show_comparison, show_data, show_inspection, show_over_time
 from .writing import as_json, check_target, write_whole
 
 Progress = Callable[[str], Callable[[int, int], None]]
@@ -41,6 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     path = "a folder, a file (safetensors, torch.save, GGUF), or the name of a model in the local cache of the hub"
     inspect = commands.add_parser("inspect", help="the numbers of each gate, and a verdict; of several checkpoints, over time")
     inspect.add_argument("paths", nargs="+", metavar="PATH", help=path)
+    inspect.add_argument(
+        "--data",
+        metavar="FILE",
+        help="load the whole model (transformers) and run this: a text, or tensors such as input_ids in a .pt or .safetensors",
+    )
     compare = commands.add_parser("compare", help="how far each router is from the same router of another checkpoint")
     compare.add_argument("paths", nargs=2, metavar=("BEFORE", "AFTER"), help=path)
     for command in (inspect, compare):
@@ -51,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     targets = {name: check_target(path) for name in ("json", "html") if (path := getattr(options, name)) not in (None, "-")}
+    data: dict[str, Any] | None = None
     quiet = options.json == "-"
     out = None if quiet else console()
     with _progress(quiet) as progress:
@@ -63,10 +69,14 @@ def _run(options: argparse.Namespace) -> None:
             reports = [inspect_checkpoint(path, progress=progress(path)) for path in options.paths]
             drifts = [drift(reports[0], report) for report in reports] if len(reports) > 1 else []
             content = _inspected(reports, drifts)
+            if options.data is not None:
+                from .with_data import examine_checkpoint
+
+                data = content["data"] = examine_checkpoint(options.paths[-1], options.data)
     if "html" in targets:
         from .page import page
 
-        write_whole(targets["html"], page(reports, drifts, over_time=options.command == "inspect"))
+        write_whole(targets["html"], page(reports, drifts, over_time=options.command == "inspect", data=data))
     if "json" in targets:
         write_whole(targets["json"], as_json(content))
     if quiet:
@@ -77,6 +87,8 @@ def _run(options: argparse.Namespace) -> None:
         show_over_time(out, reports, drifts)
     else:
         show_inspection(out, reports[0])
+    if data and not quiet:
+        show_data(out, data)
     for target in targets.values():
         print(f"wrote {target}", file=sys.stderr)
 

@@ -146,7 +146,7 @@ def _drift_of(before: GateReport, after: GateReport) -> GateDrift:
         before,
         after,
         change,
-        torch.cosine_similarity(new, old, dim=-1).float(),
+        ((new * old).sum(-1) / (new.norm(dim=-1) * old.norm(dim=-1)).clamp_min(1e-300)).float(),
         _angles(old, new).float(),
         moved.float(),
         norms.float(),

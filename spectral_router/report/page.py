@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 from .comparison import Comparison
 from .gate_report import GateReport
@@ -14,8 +15,10 @@ from .words import (
     COMPARED,
     INSPECTED,
     OVER_TIME,
+    WITH_DATA,
     candidates,
     compared_rows,
+    data_rows,
     fresh_rows,
     heading,
     inspected_row,
@@ -35,8 +38,14 @@ _HEAT_MAPS = 128  # at most so many, of so many experts
 _EXPERTS = 512
 
 
-def page(reports: Sequence[CheckpointReport], drifts: Sequence[Comparison], *, over_time: bool) -> str:
-    """HTML of one checkpoint, of a comparison of two, or of a run of several over time."""
+def page(
+    reports: Sequence[CheckpointReport],
+    drifts: Sequence[Comparison],
+    *,
+    over_time: bool,
+    data: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """HTML of one checkpoint, of a comparison of two, or of a run over time; `data`: what a batch made of the last."""
     last = reports[-1]
     if not drifts:
         title, parts = heading(last), [*_depth(last), _inspected(last), _heat_maps(last)]
@@ -47,6 +56,10 @@ def page(reports: Sequence[CheckpointReport], drifts: Sequence[Comparison], *, o
     else:
         title = f"{reports[0].path} → {last.path}"
         parts = [*_drift(drifts[0]), _table("Each router", COMPARED, compared_rows(drifts[0])), _heat_maps(last)]
+    if data:
+        parts.append(
+            _table("With data: medians over tokens, and the share whose choice rounding changes", WITH_DATA, data_rows(data))
+        )
     told = candidates(last.gates, drifts[0] if drifts and not over_time else None)
     if told:
         parts.append(_table("Candidates for merging or pruning, to be tried on data", ("gate", "what", "why"), told))

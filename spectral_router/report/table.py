@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .comparison import Comparison
@@ -11,8 +11,10 @@ from .words import (
     COMPARED,
     INSPECTED,
     OVER_TIME,
+    WITH_DATA,
     candidates,
     compared_rows,
+    data_rows,
     fresh_rows,
     heading,
     inspected_row,
@@ -81,6 +83,11 @@ def show_over_time(out: Any, reports: Sequence[CheckpointReport], drifts: Sequen
     """One checkpoint a row, then the gates of the last."""
     _table(out, f"{len(reports)} checkpoints, medians over gates", OVER_TIME, [], over_time_rows(reports, drifts))
     show_inspection(out, reports[-1])
+
+
+def show_data(out: Any, told: Mapping[str, Mapping[str, Any]]) -> None:
+    """One gate a row: what a batch made of it."""
+    _table(out, "With data: medians over tokens, and the share whose choice rounding changes", WITH_DATA, [], data_rows(told))
 
 
 def _candidates(out: Any, told: list[tuple[str, str, str]], limit: int = 20) -> None:

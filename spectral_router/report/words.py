@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .comparison import Comparison
 from .gate_report import GateReport
@@ -12,6 +13,7 @@ from .inspection import CheckpointReport
 
 INSPECTED = ("gate", "σ max", "stable rank", "centred", "effective", "condition", "energy", "row norms", "closest", "verdict")
 COMPARED = ("gate", "change", "row cosine", "angle", "stable rank", "σ max", "certified", "swapped", "verdict now")
+WITH_DATA = ("gate", "tokens", "busiest", "idle", "margin", "radius", "relative", "bf16", "fp8", "int8")
 OVER_TIME = ("checkpoint", "σ max", "stable rank", "centred", "closest", "change", "certified", "not healthy")
 
 
@@ -122,6 +124,17 @@ def over_time_rows(reports: Sequence[CheckpointReport], drifts: Sequence[Compari
         rows.append(
             [report.path, *medians, percent(changes[len(changes) // 2]), share(certified), f"{ill} of {len(report.gates)}"]
         )
+    return rows
+
+
+def data_rows(told: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """What a batch made of each gate: the busiest expert's share of choices, experts without a token, medians, flips."""
+    rows = []
+    for (_, gate), label in zip(told.items(), labels(list(told)), strict=True):
+        medians = ["–" if gate[name] is None else number(gate[name]["50%"]) for name in ("margin", "radius", "relative_radius")]
+        flips = ["–" if gate["flips"] is None else percent(gate["flips"][name]) for name in ("bf16", "fp8", "int8")]
+        idle = sum(load == 0 for load in gate["load"])
+        rows.append([label, str(gate["tokens"]), percent(max(gate["load"])), str(idle), *medians, *flips])
     return rows
 
 

@@ -8,7 +8,7 @@ from moe_models import BATCH, mixtral
 from surgical_checks import OPTIMIZERS, bits, may_change, steps
 
 from spectral_router import load_delta, surgical, wrap_moe
-from survey import CASES
+from studies.gates import CASES
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -8,7 +8,7 @@ from moe_models import BATCH, IDS, MASK, Stack, mixtral, mixtral_gates, tokens
 
 from spectral_router import ExpertPath, find_gates, surgical
 from spectral_router.surgery.usage import usage_of
-from survey import CASES
+from studies.gates import CASES
 
 
 def by_hand(model, ids, mask=None):

@@ -172,7 +172,7 @@ class Surgery:
         regions: dict[nn.Parameter, Region | None] = dict.fromkeys(whole)
         regions |= {parameter: Region(parameter, indices) for parameter, indices in slices.items()}
         if self.handle is not None:
-            self.handle.advice.once("first forward")  # that gates are frozen is no surprise here
+            self.handle.advice.once("frozen")  # that gates are frozen is no surprise here
         self.guard = Guard(self.model, regions, self.freeze)
         entries = [entry(names[part.parameter], part) for part in parts]
         self.path.bind(

@@ -44,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, Options]:
 
 
 def run(config: Config, options: Options) -> dict[str, Any]:
-    """Run what is missing, seeds outermost, so that a run that is cut short has whole seeds; gather what is there."""
+    """Run what is missing, domains outermost, so that a run that is cut short has all seeds of some; gather what is there."""
     if processes() > 1:
         raise ExperimentError("the study runs in one process; start it without torchrun")
     model.quiet()
@@ -54,45 +54,48 @@ def run(config: Config, options: Options) -> dict[str, Any]:
     settings = dataclasses.asdict(config) | {"device": config.resolved_device(), "digest": text.digest}
     prepare({name: value for name, value in settings.items() if name not in (*FREE, *SET_HERE)}, options, "text", "dataset")
     parts: list[dict[str, Any]] = []
-    for seed in range(config.seeds):
+    results: dict[str, Any] = {}
+    for domain in text.domains:
         for arm in config.arms:
-            parts += _adapt(config, arm, seed, text, tokenizer, options)
-            results = {
-                "config": dataclasses.asdict(config),
-                "versions": versions("transformers", "accelerate"),
-                "domains": text.domains,
-                **report.of(parts),
-                "runs": parts,
-            }
-            write_json(options.out / "results.json", results)
+            for seed in range(config.seeds):
+                parts += _adapt(config, arm, seed, domain, text, tokenizer, options)
+                results = {
+                    "config": dataclasses.asdict(config),
+                    "versions": versions("transformers", "accelerate"),
+                    "domains": text.domains,
+                    **report.of(parts),
+                    "runs": parts,
+                }
+                write_json(options.out / "results.json", results)
+                report.write(results, options.out)
     return results
 
 
-def _adapt(config: Config, arm: str, seed: int, text: Text, tokenizer: Any, options: Options) -> list[dict[str, Any]]:
-    """All domains and scopes of one trained model."""
+def _adapt(
+    config: Config, arm: str, seed: int, domain: str, text: Text, tokenizer: Any, options: Options
+) -> list[dict[str, Any]]:
+    """All scopes of one trained model, which is trained first if it is not there."""
     final = options.out / "models" / f"{arm}-seed{seed}"
     found = []
-    for domain in (None, *text.domains):
-        for scope in SCOPES if domain else ("all",):
-            name = f"{arm}-seed{seed}" + (f"-{domain}-{scope}" if domain else "")
-            file = options.out / "parts" / f"{name}.json"
-            if not file.exists():
-                here = dataclasses.replace(config, adapt_domain=domain, adapt_scope=scope)
-                train, adapt = phases(here, text, seed)
-                place = Run(arm, seed, options.out / "work" / name, final, options.out / "logs" / name)
-                phase = fit(here, place, adapt if domain else train, text, tokenizer, lambda step: None)
-                write_json(file, {"arm": arm, "seed": seed, "domain": domain, "scope": scope, **phase})
-                shutil.rmtree(place.work, ignore_errors=True)
-                console.print(f"{name:<32} {phase['history'][-1]['loss']:.4f} nats a byte")
-            if domain:
-                found.append(read_json(file))
+    for scope in ("train", *SCOPES):
+        train, name = scope == "train", f"{arm}-seed{seed}" + ("" if scope == "train" else f"-{domain}-{scope}")
+        file = options.out / "parts" / f"{name}.json"
+        if not file.exists():
+            here = dataclasses.replace(config, adapt_domain=domain, adapt_scope="all" if train else scope)
+            place = Run(arm, seed, options.out / "work" / name, final, options.out / "logs" / name)
+            phase = fit(here, place, phases(here, text, seed)[not train], text, tokenizer, lambda step: None)
+            write_json(file, {"arm": arm, "seed": seed, "domain": domain, "scope": scope, **phase})
+            shutil.rmtree(place.work, ignore_errors=True)
+            console.print(f"{name:<32} {phase['history'][-1]['loss']:.4f} nats a byte")
+        if not train:
+            found.append(read_json(file))
     return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     def work() -> str:
         config, options = parse(arguments)
-        report.write(run(config, options), options.out)
+        run(config, options)
         return f"results: {options.out / 'results.json'}, tables.md"
 
     return finish(work)

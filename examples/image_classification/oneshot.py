@@ -10,13 +10,18 @@ mode: its statistics belong to the training set, and 17 images would distort the
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from spectral_router import ExpertPath, surgical
 
 from .config import Config
 from .data import ImageSet, Split, as_float, to_layout
@@ -64,58 +69,75 @@ def update_batch(config: Config, seed: int, split: Split, label: int, number: in
 
 def _update(config: Config, model: SRMoE, objective: Objective, images: Tensor, labels: Tensor) -> Record:
     """Update `model` in place. The first of the images, (1 + anchors, C, H, W) uint8, is the novel one."""
-    loss_before, right_before, path = _novel(model, images, labels)
+    loss_before, right_before = _novel(model, images, labels)
     experts = [list(layer.experts.parameters()) for layer in model.moe_layers]
-    if config.scope != "all":
+    # of one expert there is one path
+    scope = "experts" if config.scope == "path" and config.experts == 1 else config.scope
+    if scope == "experts":
         model.requires_grad_(False)
         for parameters in experts:
             for parameter in parameters:
                 parameter.requires_grad_(True)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kind = torch.optim.Adam if config.oneshot_optimizer == "adam" else torch.optim.SGD
-    optimizer = kind(trainable, lr=config.oneshot_lr)
-    first_gradient: Tensor | None = None
-    for _ in range(config.oneshot_steps):
-        with mixed_precision(images.device):
-            logits, routed = model(to_layout(as_float(images)))
-            terms = objective(model, logits, routed, labels)
-        optimizer.zero_grad(set_to_none=True)
-        terms.total.backward()
-        if first_gradient is None:
-            first_gradient = torch.stack([_norm_per_expert(parameters) for parameters in experts])
-        if config.scope == "path":
-            # an expert without gradient is not moved: both optimizers start without momentum and have no weight decay
-            for parameters, winner in zip(experts, path, strict=True):
-                for parameter in parameters:
-                    keep = torch.arange(len(parameter), device=parameter.device) == winner
-                    assert parameter.grad is not None
-                    parameter.grad *= keep.view(-1, 1, 1)
-        optimizer.step()
-        objective.after_step(model)
-    assert first_gradient is not None
-    loss_after, right_after, _ = _novel(model, images, labels)
+    gradient = _Norms(experts)
+    with _path(model, images) if scope == "path" else contextlib.nullcontext():
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        kind = torch.optim.Adam if config.oneshot_optimizer == "adam" else torch.optim.SGD
+        optimizer = kind(trainable, lr=config.oneshot_lr)
+        for _ in range(config.oneshot_steps):
+            with mixed_precision(images.device):
+                logits, routed = model(to_layout(as_float(images)))
+                terms = objective(model, logits, routed, labels)
+            optimizer.zero_grad(set_to_none=True)
+            terms.total.backward()
+            optimizer.step()
+            objective.after_step(model)
+    loss_after, right_after = _novel(model, images, labels)
     return {
         "loss_before": float(loss_before),
         "loss_after": float(loss_after),
         "right_before": bool(right_before),
         "right_after": bool(right_after),
-        "gradient": first_gradient.tolist(),
+        "gradient": gradient.first(),
     }
 
 
-def _novel(model: SRMoE, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of the novel image, whether it is classified rightly, and its winning expert in each layer (L,)."""
-    logits, weights = predict(model, images[:1])
-    return F.cross_entropy(logits, labels[:1]), logits.argmax(-1)[0] == labels[0], weights[0].argmax(-1)
+def _path(model: SRMoE, images: Tensor) -> AbstractContextManager[ExpertPath]:
+    """Only the winning experts of the first image can change: section 3.3."""
+    with mixed_precision(images.device):
+        return surgical(model, to_layout(as_float(images[:1])), top=1, by="weights")
 
 
-def _norm_per_expert(parameters: list[torch.nn.Parameter]) -> Tensor:
-    """Norm of the loss gradient of each of the K experts of a layer (K,), over all of the expert's parameters."""
-    squares = []
-    for parameter in parameters:
-        assert parameter.grad is not None
-        squares.append(parameter.grad.float().square().sum((1, 2)))
-    return torch.stack(squares).sum(0).sqrt()
+def _novel(model: SRMoE, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of the novel image, and whether it is classified rightly."""
+    logits, _ = predict(model, images[:1])
+    return F.cross_entropy(logits, labels[:1]), logits.argmax(-1)[0] == labels[0]
+
+
+class _Norms:
+    """The gradient of the first backward at every expert, seen before the path leaves some of it out."""
+
+    def __init__(self, experts: list[list[torch.nn.Parameter]]) -> None:
+        self.squares: list[list[Tensor | None]] = [[None] * len(parameters) for parameters in experts]
+        self.hooks = [
+            parameter.register_hook(partial(self._note, layer, number))
+            for layer, parameters in enumerate(experts)
+            for number, parameter in enumerate(parameters)
+        ]
+
+    def _note(self, layer: int, number: int, gradient: Tensor) -> None:
+        if self.squares[layer][number] is None:
+            self.squares[layer][number] = gradient.float().square().sum((1, 2))
+
+    def first(self) -> list[list[float]]:
+        """Its norm over all of an expert's parameters, (L, K)."""
+        for hook in self.hooks:
+            hook.remove()
+        norms = []
+        for of_layer in self.squares:
+            squares = [square for square in of_layer if square is not None]
+            assert len(squares) == len(of_layer)
+            norms.append(torch.stack(squares).sum(0).sqrt())
+        return torch.stack(norms).tolist()
 
 
 def summarize(records: list[Record], classes: list[str]) -> dict[str, Any]:

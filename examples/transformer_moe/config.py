@@ -13,6 +13,7 @@ import torch
 from examples.shared.command import Options, add_flags, add_place, flag, parser, require, settle
 
 ARCHITECTURES = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss")
+SCOPES = ("all", "experts", "path")
 ARMS = ("none", "own", "penalty", "balance", "both", "ernie")
 FINETUNING = ("none", "spread", "hold", "balance", "both", "hold+balance")
 REPORTERS = ("none", "tensorboard", "wandb")
@@ -63,6 +64,8 @@ class Config:
     adapt_steps: int = flag(60, "steps of that; 0 leaves the adaptation test out")
     adapt_lr: float = flag(2e-4, "its learning rate, constant after a warm-up over a quarter of the steps")
     adapt_evaluations: int = flag(6, "measurements in the adaptation beside the one before it")
+    adapt_scope: str = flag("all", "what may change in it: all; experts, all of them; path, the experts that take the domain")
+    adapt_share: float = flag(0.5, "of --adapt-scope path: the share of the domain's tokens that the experts of a layer take")
 
     device: str = flag("auto", "auto, cpu or cuda")
     bf16: bool = flag(False, "bf16 autocast")
@@ -90,6 +93,7 @@ class Config:
         if self.adapt_steps:
             rule = f"at most --adapt-steps, {self.adapt_steps}"
             require(self.adapt_evaluations <= self.adapt_steps, "adapt_evaluations", rule, self.adapt_evaluations)
+        require(0 < self.adapt_share <= 1, "adapt_share", "above 0 and at most 1", self.adapt_share)
         for name in ("lr", "adapt_lr"):
             require(0 < getattr(self, name) < math.inf, name, "a finite number above 0", getattr(self, name))
         for name in ("alpha", "beta", "own_coef"):
@@ -98,6 +102,7 @@ class Config:
         if not isinstance(target, str):
             require(0 < target < math.inf, "sigma_target", 'a finite number above 0, or "initial"', target)
         choices: dict[str, tuple[str, ...]] = {"architecture": ARCHITECTURES, "device": ("auto", "cpu", "cuda")}
+        choices["adapt_scope"] = SCOPES
         for name, allowed in choices.items():
             require(getattr(self, name) in allowed, name, "one of " + ", ".join(allowed), getattr(self, name))
         lists: dict[str, tuple[str, ...]] = {"arms": self.known_arms, "report_to": REPORTERS}
@@ -114,6 +119,8 @@ class Config:
         require(self.device != "cuda" or torch.cuda.is_available(), "device", "one that PyTorch can use here", self.device)
         ranks = processes()
         require(self.batch_size % ranks == 0, "batch_size", f"a multiple of the number of processes, {ranks}", self.batch_size)
+        whole = not self.fsdp or self.adapt_scope == "all"  # Trainer shards when it begins, and the path is of parameters
+        require(whole, "adapt_scope", "all under --fsdp", self.adapt_scope)
         require(not self.fsdp or ranks > 1, "fsdp", "used with several processes (torchrun, accelerate launch)", "one process")
 
     def resolved_device(self) -> str:

@@ -24,6 +24,7 @@ from . import arms, model
 from .config import Config, processes
 from .data import Text, Windows
 from .measure import Measurements, writes
+from .scope import adapting
 
 # Trainer fills the folder of a checkpoint file by file; this one comes last
 WHOLE = "whole"
@@ -145,14 +146,21 @@ def fit(config: Config, run: Run, phase: Phase, text: Text, tokenizer: Any, on_s
     if handle is not None and checkpoint is None and phase.name == "adapt":  # now that the model is on its device
         handle.load_state_dict(load_checkpoint(run.final / ROUTERS, torch.device("cpu")))
     trainer.measured = measured
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    with contextlib.ExitStack() as limits:
+        path = None
+        if phase.name == "adapt":
+            target = network if handle is None else handle
+            scope = adapting(config, target, measured.gates, phase.windows.rows, folder / "path.json")
+            path = limits.enter_context(scope)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     if phase.name == "train":
         _keep(network, tokenizer, handle, run.final)
     if handle is not None:
         handle.remove()
     trainer.accelerator.wait_for_everyone()
     seconds = sorted(watch.seconds)
-    return {
+    limited = {} if path is None else {"path": {layer.gate: list(layer.experts) for layer in path.layers}}
+    return limited | {
         "history": measured.history(),
         "curve": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
         "gates": [gate.name for gate in measured.gates],

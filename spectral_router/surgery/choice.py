@@ -37,7 +37,10 @@ def choice_in(values: Any, tokens: int, experts: int) -> Choice | None:
             continue
         if width > 1 and (indices.sort(-1).values.diff(dim=-1) == 0).any():
             continue
-        beside = next((t for t in floats if t.shape == whole.shape), None)
+        # of several as wide, as where all are chosen, the weights are next to the indices
+        place = next(number for number, tensor in enumerate(tensors) if tensor is whole)
+        alike = [n for n, t in enumerate(tensors) if t.is_floating_point() and t.shape == whole.shape]
+        beside = tensors[min(alike, key=lambda n: (abs(n - place), n))] if alike else None
         if beside is None and width == 1 and experts > 1 and whole.numel() == experts:
             continue  # as many numbers as experts: counts of tokens
         chosen = _spread(torch.ones_like(indices, dtype=torch.bool), indices, experts)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ def surgical(
     share: float | None = None,
     by: Literal["tokens", "weights"] = "tokens",
     reference: Any = None,
-    path: ExpertPath | str | Path | None = None,
+    path: ExpertPath | Mapping[str, Iterable[int]] | str | Path | None = None,
     also: Any = None,
     shared: bool = False,
     freeze: bool = True,
@@ -56,7 +57,8 @@ def surgical(
             the largest weights). "weights": its part of the combine weights (ESFT-gate).
         reference: another sample, in the form of `batch`: experts are ranked by s_e over their part of this one, their lift:
             those that the batch takes more than usual.
-        path: one that is known, or the file of one, in place of a batch.
+        path: one that is known, in place of a batch: an `ExpertPath`, the file of one, or numbers of experts by the names of
+            gates.
         also: other modules or parameters that may change: a name or its suffix, a regular expression, a class, a predicate, or
             a list of these.
         shared: shared experts may change too.
@@ -113,15 +115,21 @@ def surgical(
         rule = {"top": top, "share": share, "by": by, "lift": reference is not None}
         made = ExpertPath(layers, rule)
     else:
-        made = path if isinstance(path, ExpertPath) else ExpertPath.load(path)
-        _check(made.layers, gates)
+        made = _known(path, gates)
     return Surgery(root, gates, made, also, shared, freeze, handle)
 
 
-def _check(layers: Sequence[Layer], gates: Sequence[Gate]) -> None:
-    here = [gate.name for gate in gates]
-    if strange := [layer.gate for layer in layers if layer.gate not in here]:
+def _known(path: ExpertPath | Mapping[str, Iterable[int]] | str | Path, gates: Sequence[Gate]) -> ExpertPath:
+    here = {gate.name: gate.num_experts for gate in gates}
+    if isinstance(path, Mapping):
+        nothing = math.nan  # nothing was counted
+        path = ExpertPath(
+            [Layer(name, here.get(name, 0), tuple(experts), 0, nothing, nothing) for name, experts in path.items()]
+        )
+    made = path if isinstance(path, ExpertPath) else ExpertPath.load(path)
+    if strange := [layer.gate for layer in made.layers if layer.gate not in here]:
         raise ValueError(f"the path is of other gates than the model's: {', '.join(strange[:3])}; there are {', '.join(here)}")
+    return made
 
 
 class Surgery:
@@ -164,7 +172,7 @@ class Surgery:
         regions: dict[nn.Parameter, Region | None] = dict.fromkeys(whole)
         regions |= {parameter: Region(parameter, indices) for parameter, indices in slices.items()}
         if self.handle is not None:
-            self.handle.advice.once("first forward")  # that gates are frozen is no surprise here
+            self.handle.advice.once("frozen")  # that gates are frozen is no surprise here
         self.guard = Guard(self.model, regions, self.freeze)
         entries = [entry(names[part.parameter], part) for part in parts]
         self.path.bind(

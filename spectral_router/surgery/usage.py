@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -167,6 +168,9 @@ def _still(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         kind = next(model.parameters()).device.type
         stack.enter_context(torch.random.fork_rng([]) if kind == "cpu" else torch.random.fork_rng(device_type=kind))
+        stack.enter_context(warnings.catch_warnings())
+        # reentrant checkpointing says so of any forward without gradients
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
         for module in training:
             module.training = False
         try:

@@ -219,6 +219,12 @@ def test_a_path_that_is_known_is_taken_and_a_strange_one_refused() -> None:
         steps(lambda: twin(**BATCH).loss, torch.optim.AdamW(twin.parameters()), 1)
     assert same is path
     assert_only_path_changed(before, bits(twin), may_change(twin, path))
+    name = path.layers[0].gate
+    with surgical(twin, path={name: [3, 5]}) as by_hand:
+        assert may_change(twin, by_hand)[f"{name.removesuffix('.gate')}.experts.down_proj"].any(
+            (1, 2)
+        ).nonzero().flatten().tolist() == [3, 5]
+        assert by_hand.layers[0].parameters == 2 * 3 * 16 * 24
     strange = ExpertPath([])
     strange.layers = [path.layers[0].__class__("other.gate", 8, (0,), 1, 1.0, 1.0)]
     with pytest.raises(

@@ -99,7 +99,8 @@ class AtStep:
             half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
             again = tap.gate.logits(tokens)
             error = (again - scores.reshape_as(again)).abs().amax() / again.abs().amax().clamp_min(1e-30)
-            tap.plain = bool(error < (5e-2 if half else 1e-3))
+            if error.isfinite():  # a run that has diverged tells nothing
+                tap.plain = bool(error < (5e-2 if half else 1e-3))
         return tap.plain is not False
 
     def _pull(self, tap: Tap, logits: Tensor, tokens: Tensor, layout: torch.Size) -> None:

@@ -18,21 +18,10 @@ from torch import Tensor, nn
 from spectral_router import Gate, LoadBalanceLoss, MoEHandle, SpectralRankPenalty, wrap_moe
 
 from ._harness import Report, device, interleave, parser, progress, publish, show_ms, show_ratio
-from .penalty import MODELS, gates, limit
+from .penalty import MODELS, at_the_step, gates, limit
 from .wrap import build
 
 SEEDS = (0, 1, 2)
-
-
-def at_the_step(weights: Sequence[nn.Parameter]) -> Callable[[], object]:
-    """What the hook before an optimizer's step does for the penalty."""
-    model = nn.ParameterList(weights)
-    named = [Gate(str(i), model, len(weight), parameter=str(i), reads="input") for i, weight in enumerate(weights)]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    handle = wrap_moe(model, optimizer, gates=named, balance=None, penalty=SpectralRankPenalty(relative=True))
-    deliver = handle.at_step
-    assert deliver is not None
-    return deliver.deliver
 
 
 def in_the_loss(weights: Sequence[nn.Parameter], penalty: SpectralRankPenalty, accumulation: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,14 +12,28 @@ from torch import Tensor, nn
 
 from spectral_router import SpectralRankPenalty
 
-PENALTY, BALANCE = 0.5, 0.5  # coefficients
+PENALTY, BALANCE = 0.5, 20.0  # coefficients: both gradients are of a size that float32 shows
 Slopes = dict[str, Tensor]
+Score = Callable[[Tensor], Tensor]
 
 
-def terms(balance: bool) -> dict[str, Any]:
-    """What `wrap_moe` is called with. The penalty has no anchors, so that it is known by hand."""
-    own: dict[str, Any] = {} if balance else {"balance": None}
-    return {"penalty": SpectralRankPenalty(1.0), "penalty_coef": PENALTY, "balance_coef": BALANCE, **own}
+class Call(NamedTuple):
+    """One call of a gate."""
+
+    tokens: Tensor  # (T, D)
+    mask: Tensor | None  # (T,), True: no padding
+
+    @property
+    def count(self) -> int:
+        return len(self.tokens) if self.mask is None else int(self.mask.sum())
+
+
+
+def terms(kind: str) -> dict[str, Any]:
+    """What `wrap_moe` is called with: one of the two alone. The penalty has no anchors, so that it is known by hand."""
+    if kind == "penalty":
+        return {"penalty": SpectralRankPenalty(1.0), "penalty_coef": PENALTY, "balance": None}
+    return {"penalty": None, "balance_coef": BALANCE}
 
 
 def penalty_slope(weight: Tensor) -> Tensor:
@@ -30,23 +44,27 @@ def penalty_slope(weight: Tensor) -> Tensor:
     return PENALTY * torch.autograd.grad(term, leaf)[0]
 
 
-def balance_slope(weight: Tensor, tokens: Tensor, score: Callable[[Tensor], Tensor], bias: Tensor | None = None) -> Tensor:
+def balance_slope(weight: Tensor, call: Call, score: Score) -> Tensor:
     """Gradient of equation 6, (std / mean)² of the experts' mean probability, for one call of the gate on tokens (T, D)."""
     leaf = weight.detach().double().requires_grad_()
-    logits = tokens.double() @ leaf.mT + (0 if bias is None else bias.double())
-    share = score(logits).mean(0)
+    tokens = call.tokens.double() if call.mask is None else call.tokens.double()[call.mask]
+    share = score(tokens @ leaf.mT).mean(0)
     return BALANCE * torch.autograd.grad(share.var(correction=0) / share.mean() ** 2, leaf)[0]
 
 
 @contextmanager
-def listening(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    """The tokens that the gates get, one entry a call, (T, D)."""
-    heard: dict[str, list[Tensor]] = {name: [] for name in modules}
+def listening(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
+    """What the gates get, one entry a call: tokens, and what a second argument says of padding."""
+    heard: dict[str, list[Call]] = {name: [] for name in modules}
 
     def hear(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:  # no recomputation
-                heard[name].append(args[0].detach().reshape(-1, args[0].shape[-1]).clone())
+            if torch._C._current_graph_task_id() == -1:  # no recomputation
+                x = args[0].detach()
+                x = (x.full_tensor() if hasattr(x, "full_tensor") else x).clone()
+                padding = args[1] if len(args) > 1 and isinstance(args[1], Tensor) and args[1].dtype == torch.bool else None
+                mask = None if padding is None else ~padding.reshape(-1)
+                heard[name].append(Call(x.reshape(-1, x.shape[-1]), mask))
 
         return hook
 
@@ -59,19 +77,27 @@ def listening(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]
 
 
 def by_hand(
-    weights: Slopes, heard: dict[str, list[Tensor]], balance: bool, score: Callable[[Tensor], Tensor] = lambda x: x.softmax(-1)
+    kind: str, weights: Slopes, heard: dict[str, list[Call]], score: Score = lambda x: x.softmax(-1), by_tokens: bool = False
 ) -> Slopes:
-    """The term's gradient for each gate: that of the penalty, and the mean of the balance's over all calls of all ranks."""
-    slopes = {name: penalty_slope(weight) for name, weight in weights.items()}
-    if balance:
-        own = {name: [balance_slope(weights[name], x, score) for x in calls] for name, calls in heard.items() if calls}
-        everybody: list[Any] = [own]
-        if dist.is_initialized():
-            everybody = [None] * dist.get_world_size()
-            dist.all_gather_object(everybody, own)
-        for name in slopes:
-            calls = [slope for one in everybody for slope in one.get(name, [])]
-            slopes[name] = slopes[name] + torch.stack(calls).mean(0)
+    """The term's gradient for each gate: the penalty's, or the mean of the balance's over all calls of all ranks.
+
+    by_tokens: a mean in which a call counts as often as it has tokens that are no padding.
+    """
+    if kind == "penalty":
+        return {name: penalty_slope(weight) for name, weight in weights.items()}
+    own = {
+        name: [(balance_slope(weights[name], call, score), call.count if by_tokens else 1) for call in calls]
+        for name, calls in heard.items()
+        if name in weights
+    }
+    everybody: list[Any] = [own]
+    if dist.is_initialized():
+        everybody = [None] * dist.get_world_size()
+        dist.all_gather_object(everybody, own)
+    slopes = {}
+    for name in weights:
+        calls = [entry for one in everybody for entry in one.get(name, [])]
+        slopes[name] = sum(slope * count for slope, count in calls) / sum(count for _, count in calls)
     return slopes
 
 

@@ -24,6 +24,39 @@ def ready() -> None:
 
     jit.disable_jit_fuser()
 
+    from megatron.core.fusions import fused_softmax
+    from megatron.core.transformer import torch_norm
+
+    # within an autograd function nothing takes its "cuda" for the CPU
+    fused_softmax.get_default_causal_mask = lambda size: torch.triu(torch.ones(size, size), diagonal=1).bool()
+
+    def norm(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5, **others: Any) -> nn.LayerNorm:
+        made = nn.LayerNorm(hidden_size, eps)
+        for parameter in made.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return made
+
+    torch_norm.WrappedTorchNorm.__new__ = norm  # type: ignore[assignment]  # Apex's and TE's know sequence parallelism
+    plain = torch.distributed.all_to_all_single
+
+    def all_to_all(output: Tensor, given: Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None, **k: Any) -> Any:
+        sizes = [s.tolist() if isinstance(s, Tensor) else s for s in (output_split_sizes, input_split_sizes)]
+        return plain(output, given, *sizes, **k)
+
+    torch.distributed.all_to_all_single = all_to_all  # on a GPU the sizes are lists by then
+    torch.optim.AdamW = _Plain  # type: ignore[misc]  # the distributed optimizer takes nothing else
+
+
+class _Plain(torch.optim.AdamW):
+    """SGD in the place of Adam."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter -= group["lr"] * parameter.grad
+
 
 class _Local(nn.Module):
     """Causal attention among the tokens that this rank has."""
@@ -101,7 +134,9 @@ def _build(seed: int, setting: dict[str, Any]) -> tuple[list[Any], Any, Any]:
     )
     chunks = [DistributedDataParallel(config, ddp, model)]
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(optimizer="sgd", lr=1.0, sgd_momentum=0.0, weight_decay=0.0, clip_grad=0.0, use_distributed_optimizer=sharded),
+        OptimizerConfig(
+            optimizer="adam", lr=1.0, weight_decay=0.0, clip_grad=0.0, use_distributed_optimizer=sharded, loss_scale=None
+        ),
         chunks,
     )
     config.finalize_model_grads_func = finalize_model_grads
@@ -162,7 +197,7 @@ def _step(chunks: list[Any], optimizer: Any, setting: dict[str, Any]) -> None:
     optimizer.step()
 
 
-def measure(at_step: bool, balance: bool, **setting: Any) -> dict[str, list[float]]:
+def measure(at_step: bool, kind: str, **setting: Any) -> dict[str, list[float]]:
     """Times for each layer's router."""
     from megatron.core import parallel_state as mpu
 
@@ -182,16 +217,16 @@ def measure(at_step: bool, balance: bool, **setting: Any) -> dict[str, list[floa
             routers = _routers(chunks)
             before = {name: router.weight.detach().clone() for name, router in routers.items()}
             if wrapped:
-                attach(chunks, optimizer if at_step else None, **terms(balance))
+                attach(chunks, optimizer if at_step else None, **terms(kind))
                 _step(chunks, optimizer, setting)
             else:
                 with listening(routers) as heard:
                     _step(chunks, optimizer, setting)
             after.append({name: router.weight.detach().clone() for name, router in routers.items()})
-        if balance and not at_step:  # elsewhere later layers' balance comes in from above
-            heard = {name: calls for name, calls in heard.items() if name == "layer 2"}
+        if kind == "balance" and not at_step:  # elsewhere later layers' balance comes in from above
             before = {name: weight for name, weight in before.items() if name == "layer 2"}
-        return gathered(times(after[0], after[1], by_hand(before, heard, balance)))
+        by_tokens = setting.get("per_token", False) and not at_step
+        return gathered(times(after[0], after[1], by_hand(kind, before, heard, by_tokens=by_tokens)))
     finally:
         mpu.destroy_model_parallel()
 
@@ -218,10 +253,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def cases() -> dict[str, Any]:
     return {
-        f"{name}; {'at the step' if at_step else 'in the loss'}; {'penalty and balance' if balance else 'penalty'}": partial(
-            measure, at_step, balance, **setting
-        )
+        f"{name}; {'at the step' if at_step else 'in the loss'}; {kind}": partial(measure, at_step, kind, **setting)
         for name, setting in SETTINGS.items()
         for at_step in (False, True)
-        for balance in (False, True)
+        for kind in ("penalty", "balance")
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ class OnCPU(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "cuda":
             return args[0]
-        return func(*args, **kwargs)
+        found = func(*args, **kwargs)
+        return found.replace("torch.", "torch.cuda.") if name == "type" and isinstance(found, str) else found
 
 
 class _Stream:
@@ -43,12 +45,13 @@ def no_cuda() -> None:
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda._lazy_init = cuda.random._lazy_init = lambda: None
     generator = type("Generator", (), {"set_state": staticmethod(torch.set_rng_state)})
-    cuda.default_generators = [generator()]
+    cuda.default_generators = defaultdict(generator)
+    cuda._lazy_call = lambda call: call()
     cuda.manual_seed = torch.manual_seed
     cuda.Stream = cuda.Event = _Stream
     for name in ("current_stream", "default_stream", "stream"):
         setattr(cuda, name, lambda *args, **kwargs: _Stream())
-    for name in ("synchronize", "set_device", "empty_cache", "_lazy_call", "reset_peak_memory_stats"):
+    for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats"):
         setattr(cuda, name, lambda *args, **kwargs: None)
     cuda.get_device_capability = lambda *args: (8, 0)
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args: None

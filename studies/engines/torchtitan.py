@@ -26,6 +26,37 @@ def ready() -> None:
     tools.get_peak_flops = lambda name: 1.0  # type: ignore[assignment]
     torch.cpu.set_device = lambda device: None  # type: ignore[assignment]
 
+    from torch.distributed.fsdp import FSDPModule
+    from torchtitan.components import metrics
+    from torchtitan.components.tokenizer import HuggingFaceTokenizer
+    from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
+    from torchtitan.models.common import attention
+
+    class Memory:
+        device_name = "cpu"
+
+        def get_peak_stats(self) -> Any:
+            return metrics.DeviceMemStats(*[0.0] * len(metrics.DeviceMemStats._fields))
+
+        def reset_peak_stats(self) -> None: ...
+
+    metrics.build_device_memory_monitor = Memory  # type: ignore[assignment]
+    plain = FSDPModule.set_gradient_divide_factor
+
+    def summed(self: Any, factor: float) -> None:  # Gloo cannot multiply and sum in one
+        plain(self, factor)
+        self.set_force_sum_reduction_for_comms(True)
+
+    FSDPModule.set_gradient_divide_factor = summed  # type: ignore[method-assign]
+    # no files of text: `train_step` gets its batches from here
+    HuggingFaceTokenizer.__init__ = HuggingFaceTextDataLoader.__init__ = lambda self, *args, **kwargs: None
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, **others: Any) -> tuple[Tensor, None]:  # flex has no backward on CPUs
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=others["enable_gqa"]), None
+
+    attention.FlexAttention._compiled_flex_attn = staticmethod(dense)
+    attention._compiled_create_block_mask = attention.create_block_mask
+
 
 def _loader(rank: int, vocabulary: int, masked: bool) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     generator = torch.Generator().manual_seed(7 + rank)
@@ -46,6 +77,7 @@ def _trainer(setting: dict[str, Any], folder: str) -> Any:
     from torchtitan.components.metrics import MetricsProcessor
     from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
     from torchtitan.config import CompileConfig, DebugConfig, ParallelismConfig, TrainingConfig
+    from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
     from torchtitan.models.common import CosSinRoPE, Embedding, Linear
     from torchtitan.protocols.model_spec import ModelSpec
     from torchtitan.trainer import Trainer
@@ -69,7 +101,7 @@ def _trainer(setting: dict[str, Any], folder: str) -> Any:
             moe_hidden_dim=32,
             num_experts=8,
             top_k=2,
-            attn_backend=setting.get("attention", "sdpa"),
+            attn_backend="flex",
             moe_comm_backend="standard",
             rope=CosSinRoPE.Config(dim=16, max_seq_len=64, theta=10000.0),
         ),
@@ -88,6 +120,7 @@ def _trainer(setting: dict[str, Any], folder: str) -> Any:
     job = Trainer.Config(
         model_spec=spec,
         loss=CrossEntropyLoss.Config(global_vocab_size=64),
+        dataloader=HuggingFaceTextDataLoader.Config(dataset="c4_test"),
         metrics=MetricsProcessor.Config(log_freq=1000),
         optimizer=default_adamw(lr=RATE),
         lr_scheduler=LRSchedulersContainer.Config(warmup_steps=0),
@@ -104,7 +137,7 @@ def _trainer(setting: dict[str, Any], folder: str) -> Any:
             tensor_parallel_degree=tp,
             pipeline_parallel_degree=pp,
             pipeline_parallel_microbatch_size=BATCH if pp == 1 else 1,
-            **({"spmd_backend": setting["backend"]} if "backend" in setting else {}),
+            **({"spmd_backend": setting["backend"]} if "backend" in setting else {"spmd_backend": "partial_dtensor"}),
         ),
         checkpoint=CheckpointManager.Config(enable=False),
         activation_checkpoint=setting.get("checkpointing"),
@@ -128,7 +161,7 @@ def _weights(trainer: Any) -> Slopes:
     return whole
 
 
-def measure(deliver: str, balance: bool, **setting: Any) -> dict[str, list[float]]:
+def measure(deliver: str, kind: str, **setting: Any) -> dict[str, list[float]]:
     """Times for each layer's gate."""
     import torch.distributed as dist
 
@@ -149,21 +182,22 @@ def measure(deliver: str, balance: bool, **setting: Any) -> dict[str, list[float
                 else:
                     weight.copy_(values)
         before = _weights(trainer)
+        trainer.metrics_processor.data_loading_times.append(1.0)
         replicas = dist.get_rank() if setting.get("tp", 1) * setting.get("pp", 1) == 1 else 0
         data = _loader(replicas, 64, setting.get("masked", False))
         if wrapped:
             from spectral_router.integrations.torchtitan import attach
 
-            attach(trainer, at_step=deliver == "at the step", **terms(balance))
+            attach(trainer, at_step=deliver == "at the step", **terms(kind))
             trainer.train_step(data)
         else:
             with listening(_gates(trainer)) as heard:
                 trainer.train_step(data)
         after.append(_weights(trainer))
-    if balance and deliver != "at the step":  # elsewhere later layers' balance comes in from above
-        last = max(heard)
-        heard, before = {last: heard[last]}, {last: before[last]}
-    return gathered(times(after[0], after[1], by_hand(before, heard, balance), RATE))
+    if kind == "balance" and deliver != "at the step":  # elsewhere later layers' balance comes in from above
+        last = max(before)
+        before = {last: before[last]}
+    return gathered(times(after[0], after[1], by_hand(kind, before, heard), RATE))
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -178,8 +212,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def cases() -> dict[str, Any]:
     return {
-        f"{name}; {deliver}; {'penalty and balance' if balance else 'penalty'}": partial(measure, deliver, balance, **setting)
+        f"{name}; {deliver}; {kind}": partial(measure, deliver, kind, **setting)
         for name, setting in SETTINGS.items()
-        for deliver in ("in the loss", "at the step")
-        for balance in (False, True)
+        for deliver in (("at the step",) if "pp" in setting else ("in the loss", "at the step"))
+        for kind in ("penalty", "balance")
     }

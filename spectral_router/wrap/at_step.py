@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from .._precision import full_precision
 from .._sharding import whole
 from ..gates.gate import first_tokens
-from .delivery import token_mask
+from .delivery import own_mask, token_mask
 from .optimizer import subtract_
 from .step import Call, Pull, Tap
 from .step_penalty import add_penalty_, penalty_gradients
@@ -59,7 +59,14 @@ class AtStep:
 
     # in a forward -----------------------------------------------------------------------------------------------------
 
-    def note(self, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, record: bool = True) -> None:
+    def note(
+        self,
+        tap: Tap,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        record: bool = True,
+    ) -> None:
         """Add the balance gradient of one call of a gate to what its matrix and bias get at the step."""
         if tap.pull is None:
             raise RuntimeError(
@@ -69,6 +76,7 @@ class AtStep:
         recorder, gate = self.recorder, tap.gate
         tap.seen = True
         layout = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), tap.pull.weight).shape
+        mask = own_mask(tap.padding, args, kwargs)
         # what is saved for backward here is none of the business of checkpoints and offloading
         with _plain_saving(), full_precision(tap.pull.weight.device):
             if not trainable(gate):
@@ -87,10 +95,10 @@ class AtStep:
                 recorder.advice.not_at_step(gate.name)
                 probs = scores if gate.probs is not None or gate.reads == "probs" else gate.score(scores)
             else:
-                self._pull(tap, scores, tokens, layout)
+                self._pull(tap, scores, tokens, layout, mask)
                 probs = scores if recorder.reads_logits else gate.score(scores)
             if record:
-                tap.calls.append(Call(probs, tap.pull.weight, layout))
+                tap.calls.append(Call(probs, tap.pull.weight, layout, mask=mask))
 
     def _scored_plainly(self, tap: Tap, tokens: Tensor, scores: Tensor, output: Any) -> bool:
         """Whether the gate's logits are W x + b, seen once a gate, in its first eager call."""
@@ -103,12 +111,12 @@ class AtStep:
                 tap.plain = bool(error < (5e-2 if half else 1e-3))
         return tap.plain is not False
 
-    def _pull(self, tap: Tap, logits: Tensor, tokens: Tensor, layout: torch.Size) -> None:
+    def _pull(self, tap: Tap, logits: Tensor, tokens: Tensor, layout: torch.Size, own: Tensor | None) -> None:
         recorder, pull = self.recorder, tap.pull
         balance = recorder.balance
         if balance is None or pull is None:
             return
-        mask = token_mask(recorder.step.arguments, tap.decoding, logits, layout)
+        mask = token_mask(recorder.step.arguments, tap.decoding, logits, layout, own)
 
         def value(leaf: Tensor) -> Tensor:
             return balance(leaf if recorder.reads_logits else tap.gate.score(leaf), mask)

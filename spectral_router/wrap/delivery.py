@@ -44,11 +44,15 @@ def share_of_step(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | fl
 
     transformers' Trainer passes `num_items_in_batch`, the number of target tokens of the whole step: the model divides a
     sum over the micro-batch by it, and Trainer does not divide the loss by the number of micro-batches. A term added in
-    full to each would count once a micro-batch.
+    full to each would count once a micro-batch. OLMo-core's train modules pass `loss_div_factor` likewise, with labels that are
+    shifted already.
     """
     total = arguments.get("num_items_in_batch")
     if total is None:
-        return 1.0
+        factor, labels = arguments.get("loss_div_factor"), arguments.get("labels")
+        if factor is None or not isinstance(labels, Tensor):
+            return 1.0
+        return labels.ne(arguments.get("ignore_index", -100)).sum() / factor
     labels, shifted = arguments.get("labels"), arguments.get("shift_labels")
     if isinstance(shifted, Tensor):
         labels = shifted
@@ -85,8 +89,26 @@ def _shifts_labels(model: Any) -> bool:
     )
 
 
-def token_mask(arguments: Mapping[str, Any], decoding: bool, probs: Tensor, layout: torch.Size) -> Tensor | None:
-    """The batch's attention mask, one entry for each of the gate's tokens; None where there is none that fits."""
+def padding_position(module: nn.Module) -> int | None:
+    """Where Megatron-Core's routers get their `padding_mask`, which is this rank's part of it already."""
+    names = argument_names(module)
+    return names.index("padding_mask") if "padding_mask" in names else None
+
+
+def own_mask(position: int | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What a gate was told of its tokens: True where one is no padding, in any shape."""
+    if position is None:
+        return None
+    padding = args[position] if len(args) > position else kwargs.get("padding_mask")
+    return padding.logical_not() if isinstance(padding, Tensor) else None
+
+
+def token_mask(
+    arguments: Mapping[str, Any], decoding: bool, probs: Tensor, layout: torch.Size, own: Tensor | None = None
+) -> Tensor | None:
+    """The gate's own mask or the batch's attention mask, one entry for each of its tokens; None where there is none that fits."""
+    if own is not None and own.numel() * probs.shape[-1] == probs.numel():
+        return own.to(probs.device).reshape(probs.shape[:-1])
     mask = arguments.get("decoder_attention_mask" if decoding else "attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.numel() * probs.shape[-1] != probs.numel():
         return None

@@ -82,7 +82,7 @@ class Objective:
             if call.scores is None:
                 continue
             tap = self.taps[number]
-            mask = token_mask(arguments, tap.decoding, call.scores, call.layout)
+            mask = token_mask(arguments, tap.decoding, call.scores, call.layout, call.mask)
             scores = call.scores.detach()
             share = _share(tap.gate.score(scores) if self.reads_logits else scores, mask)
             if self.balance is not None:

@@ -16,7 +16,7 @@ from .advice import Advice
 from .arrival import followed, number_of
 from .at_step import AtStep
 from .checkpointing import run_again, stand_in
-from .delivery import argument_names, by_name, loss_of, share_of_step, with_loss
+from .delivery import argument_names, by_name, loss_of, own_mask, padding_position, share_of_step, with_loss
 from .objective import Objective
 from .step import Call, Step, Tap
 from .watch import unwatch, watch
@@ -51,7 +51,12 @@ class Recorder(Objective):
         places = [{id(module) for module in part.modules()} for part in parts]
         within = [next((i for i, place in enumerate(places) if id(gate.module) in place), 0) for gate in gates]
         self.taps = [
-            Tap(gate, "decoder_input_ids" in self.names[part] and "decoder" in gate.name.split("."), part)
+            Tap(
+                gate,
+                "decoder_input_ids" in self.names[part] and "decoder" in gate.name.split("."),
+                part,
+                padding_position(gate.module),
+            )
             for gate, part in zip(gates, within, strict=True)
         ]
         self.step = Step(self.taps)
@@ -77,7 +82,7 @@ class Recorder(Objective):
         mine = self.threads.get(get_ident())
         if mine is None:
             mine = self.threads[get_ident()] = copy.copy(self)
-            mine.taps = [Tap(copy.copy(tap.gate), tap.decoding, tap.part) for tap in self.taps]
+            mine.taps = [Tap(copy.copy(tap.gate), tap.decoding, tap.part, tap.padding) for tap in self.taps]
             mine.gates = [tap.gate for tap in mine.taps]
             mine.step = Step(mine.taps)
             unwatch(mine)
@@ -101,7 +106,7 @@ class Recorder(Objective):
             self.advice.before_forward(step.term is not None and step.term.requires_grad, step.without_backward)
         step.term, step.fate, step.shared = None, "", False
         for tap in self.taps:
-            tap.calls = []
+            tap.calls, tap.inputs = [], []
         step.arguments = by_name(self.names[part], args, kwargs)
         self.part = part if len(self.parts) > 1 else None
 
@@ -109,6 +114,14 @@ class Recorder(Objective):
         with_graph = torch.is_grad_enabled()
         if not (self.attached and module.training and (self.step.open or with_graph)):
             return None
+        given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+        again: bool | None = False
+        if self.step.open and given is not None and not torch.compiler.is_compiling():
+            again = tap.again(given, with_graph or self.at_step is not None)
+            if again:
+                return None
+            if again is None:
+                tap.calls, tap.deferred = tap.calls[:-1], tap.deferred[:-1]
         if self.at_step is not None and self.at_step.alone:
             return self.at_step.note(tap, args, kwargs, output) if self.step.open else None
         gate = tap.gate
@@ -118,7 +131,7 @@ class Recorder(Objective):
             weight = gate.weight
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 weight = whole(weight).clone()  # sharding engines free it after the module's forward
-        layout = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), weight).shape
+        layout = (weight if given is None else given).shape
         # an adapter that is switched off leaves W frozen; one that was put on after wrapping is not known here
         if not (trainable(gate) and (weight.requires_grad or hasattr(gate.owner, "parametrizations"))):
             if self.step.open:
@@ -132,7 +145,7 @@ class Recorder(Objective):
         tap.seen = True
         if not with_graph:
             scores, weight = stand_in(tap, scores, weight)
-        tap.calls.append(Call(scores, weight, layout, with_graph))
+        tap.calls.append(Call(scores, weight, layout, with_graph, own_mask(tap.padding, args, kwargs)))
         return None
 
     def finish(self, output: Any) -> Any:
@@ -151,7 +164,7 @@ class Recorder(Objective):
         arguments = step.arguments
         step.open, step.arguments = False, {}
         for tap in self.taps:
-            tap.calls = []
+            tap.calls, tap.inputs = [], []
         if output is None:  # an exception passed by
             self.part = None
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ class Call(NamedTuple):
     weight: Tensor
     layout: torch.Size  # of the gate's input
     live: bool = True  # False: stand-ins, which learn only if the call is run again
+    mask: Tensor | None = None  # what the gate itself was told: True where a token is no padding
 
 
 class StandIns(NamedTuple):
@@ -49,6 +51,8 @@ class Tap:
     gate: Gate
     decoding: bool = False  # a gate of the decoder of a model with two sides
     part: int = 0  # of a model in several parts: the one it is in
+    padding: int | None = None  # which argument of the gate says what is padding
+    inputs: list[tuple[Any, Any, bool]] = field(default_factory=list)  # what its calls in the forward that runs were given
     calls: list[Call] = field(default_factory=list)  # of the forward that runs
     deferred: list[StandIns] = field(default_factory=list)
     taken: int = 0  # how many stand-ins have been run again
@@ -57,8 +61,24 @@ class Tap:
     plain: bool | None = None  # its logits are W x + b; None: not seen yet
     pull: Pull | None = None  # where the term goes to the optimizer's step
 
+    def again(self, tokens: Tensor, with_graph: bool) -> bool | None:
+        """Whether the gate has had these tokens in this forward, unchanged since, as where it is run again for a report.
+
+        None: it has, but without a graph, so that this call is to take the place of that one.
+        """
+        base = tokens if tokens._base is None else tokens._base
+        place = (tokens.storage_offset(), tokens.shape, tokens._version)  # a base and its views share the version
+        for number, (old, where, live) in enumerate(self.inputs):
+            if old() is base and where == place:
+                if live or not with_graph:
+                    return True
+                self.inputs[number] = (old, where, True)
+                return None
+        self.inputs.append((weakref.ref(base), place, with_graph))
+        return False
+
     def __getstate__(self) -> dict[str, Any]:  # nothing of a step is copied or saved
-        return {"gate": self.gate, "decoding": self.decoding, "part": self.part, "seen": self.seen}
+        return {"gate": self.gate, "decoding": self.decoding, "part": self.part, "padding": self.padding, "seen": self.seen}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]

@@ -1,0 +1,1 @@
+"""How many times the term arrives on large engines, run for real on CPUs: `python -m studies.engines`."""

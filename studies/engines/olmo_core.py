@@ -1,0 +1,154 @@
+"""OLMo-core on CPUs: its own train module, `train_batch` and `optim_step` on a small OLMoE, with its experts' kernels replaced."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .measure import Slopes, by_hand, gathered, listening, terms, times
+
+HIDDEN, LENGTH, ROWS, VOCABULARY = 32, 8, 4, 64
+
+
+def ready() -> None:
+    from olmo_core.nn.moe import parallel_mlp
+
+    class Experts(nn.Module): ...
+
+    def forward(self: Any, x: Tensor, weights: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
+        """Every expert on the tokens that chose it: what the Triton kernels sort, pad and multiply."""
+        mlp = self.mlp
+        flat = x.reshape(-1, x.shape[-1])
+        weights, indices = weights.reshape(len(flat), -1), indices.reshape(len(flat), -1)
+        sizes = (mlp.num_experts, -1, mlp.hidden_size) if hasattr(mlp, "hidden_size") else None
+        w1, w2, w3 = (_local(getattr(mlp, name)) for name in ("w1", "w2", "w3"))
+        w1, w2, w3 = (w.reshape(mlp.num_experts, -1, w.shape[-1]) for w in (w1, w2, w3))
+        del sizes
+        total = torch.zeros_like(flat)
+        for expert in range(mlp.num_experts):
+            share = (weights * (indices == expert)).sum(-1, keepdim=True)
+            first, third = w1[expert], w3[expert]
+            if first.shape[0] == flat.shape[-1]:
+                hidden = nn.functional.silu(flat @ first) * (flat @ third)
+            else:
+                hidden = nn.functional.silu(flat @ first.mT) * (flat @ third.mT)
+            second = w2[expert]
+            total = total + share * (hidden @ (second if second.shape[0] == hidden.shape[-1] else second.mT))
+        return total.reshape(x.shape)
+
+    parallel_mlp.ParallelMLPBase.forward = forward  # type: ignore[method-assign]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+class _Trainer:
+    """What a train module asks of its trainer."""
+
+    def record_metric(self, *args: Any, **kwargs: Any) -> None: ...
+
+    record_ce_loss = record_metric
+
+
+def _module(rank_batch: int, name: str | None, own: bool) -> Any:
+    from olmo_core.config import DType
+    from olmo_core.distributed.parallel import DataParallelType
+    from olmo_core.nn.transformer import TransformerConfig
+    from olmo_core.optim import OptimConfig
+    from olmo_core.train.train_module import TransformerTrainModule
+    from olmo_core.train.train_module.transformer import TransformerDataParallelConfig
+
+    config = TransformerConfig.llama_like_moe(
+        d_model=HIDDEN,
+        vocab_size=VOCABULARY,
+        n_layers=2,
+        n_heads=2,
+        num_experts=4,
+        top_k=2,
+        expert_hidden_size=16,
+        lb_loss_weight=0.01 if own else None,
+        z_loss_weight=None,
+        dropless=True,
+    )
+
+    class Plain(OptimConfig):
+        lr: float = 1.0
+
+        def build(self, model: nn.Module, strict: bool = True) -> torch.optim.Optimizer:  # type: ignore[override]
+            return torch.optim.SGD(model.parameters(), lr=1.0)
+
+    torch.manual_seed(2)
+    module = TransformerTrainModule(
+        config.build(init_device="cpu" if name is None else "meta"),
+        Plain(),
+        rank_batch,
+        LENGTH,
+        dp_config=None if name is None else TransformerDataParallelConfig(name=DataParallelType[name], reduce_dtype=DType.float32),
+        device=torch.device("cpu"),
+    )
+    module.record_metric = module.record_ce_loss = lambda *args, **kwargs: None
+    return module
+
+
+def _gates(module: Any) -> dict[str, nn.Module]:
+    from olmo_core.nn.moe.router import MoERouter
+
+    found = [m for m in module.model.modules() if isinstance(m, MoERouter)]
+    return {f"layer {number}": router for number, router in enumerate(found)}
+
+
+def _weights(module: Any) -> Slopes:
+    return {
+        name: _local(router.weight.detach()).reshape(4, HIDDEN).clone()  # type: ignore[operator, union-attr]
+        for name, router in _gates(module).items()
+    }
+
+
+def measure(at_step: bool, kind: str, name: str | None, batches: int, masked: bool = False, own: bool = False) -> Any:
+    """Times for each layer's router."""
+    from spectral_router import wrap_moe
+
+    after = []
+    for wrapped in (False, True):
+        module = _module(ROWS // batches * LENGTH, name, own)
+        before = _weights(module)
+        generator = torch.Generator().manual_seed(9 + dist.get_rank())
+        ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
+        labels = ids.clone()
+        if masked:
+            labels[torch.rand(labels.shape, generator=generator) < 0.3] = -100
+        if wrapped:
+            wrap_moe(module.model, module.optim if at_step else None, **terms(kind))
+        module.zero_grads()
+        with listening(_gates(module)) as heard:
+            module.train_batch({"input_ids": ids, "labels": labels})
+        module.optim_step()
+        if not wrapped:
+            known = heard
+        after.append(_weights(module))
+    if kind == "balance" and not at_step:
+        before = {"layer 1": before["layer 1"]}
+    return gathered(times(after[0], after[1], by_hand(kind, before, known)))
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "DDP, 1 micro-batch": {"name": "ddp", "batches": 1},
+    "DDP, 4 micro-batches": {"name": "ddp", "batches": 4},
+    "FSDP2, 4 micro-batches": {"name": "fsdp", "batches": 4},
+    "FSDP2, 4 micro-batches, masked labels": {"name": "fsdp", "batches": 4, "masked": True},
+    "FSDP2, 4 micro-batches, its own balance loss on": {"name": "fsdp", "batches": 4, "own": True},
+}
+
+
+def cases() -> dict[str, Any]:
+    return {
+        f"{name}; {'at the step' if at_step else 'in the loss'}; {kind}": partial(measure, at_step, kind, **setting)
+        for name, setting in SETTINGS.items()
+        for at_step in (False, True)
+        for kind in ("penalty", "balance")
+    }

@@ -87,7 +87,7 @@ def seen_of(trace: Trace, ids: set[int]) -> list[Seen]:
 def _same(gate: Gate, seen: list[Seen], read: list[Tensor]) -> bool:
     """Whether what was read is what was computed, up to noise, and up to outputs that score no expert."""
     if not read:
-        return True  # it did not run as a module here, or is frozen: others tell
+        return False  # it is not called as a module
     had = [tensor.detach().reshape(-1, gate.num_experts).float() for tensor in read]
     told = torch.cat(had)
     for noisy in (True, False):

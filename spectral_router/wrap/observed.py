@@ -73,6 +73,8 @@ class Observed:
             read = None if error is not None else [
                 self._probs(recorder, tap, call.scores) for call in tap.calls if call.scores is not None
             ]
+            if not tap.gate.module.training or (tap.calls and read == []):  # in evaluation, or frozen
+                continue
             verdict = judge(trace, tap.gate, read)
             if verdict.gate is not None:
                 self._take(recorder, number, verdict.gate, verdict.scores or [])

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .adapters import adapts, on_parameter, refuse_what_is_no_weight
+from .discover import observed_gates
 from .evidence import beside_experts, counts_beside, counts_in, matrices, shaped
 from .gate import Gate
 from .names import bare_name
@@ -32,14 +33,24 @@ _GATE_WORD = re.compile(r"gat(?:e|es|ing)(?:_|\d|$)|rout|select|switch|dispatch|
 _NO_GATE = re.compile(r"proj|noise|bias|norm|scale|emb|att|head|conv|loss|aux|expert", re.I)
 
 
-def find_gates(model: nn.Module) -> list[Gate]:
+def find_gates(model: nn.Module, example: Any = None) -> list[Gate]:
     """The router gates of a model, found by structure; an empty list if it has none.
 
     A gate is a module (or a raw parameter) called gate, router, gating, w_g, switch or the like, or of a class called so, next
     to experts or with a count of experts of its own, that holds a matrix with one row (or column) for each expert. A copy of
     each is then tried on 16 random tokens, to see which of its outputs are logits and whether the weights that it hands out
     are softmax or sigmoid scores; where that fails (a gate that needs more than tokens) the class' attributes and its source
-    decide. Nothing of the model is run or changed.
+    decide. Nothing of the model is run or changed; a copy is tried only if its code touches nothing but what it is given.
+
+    With an `example` the model itself runs once on it, without gradients, and is watched: tokens times something made of
+    parameters, then softmax, sigmoid, relu or a choice over K outputs, which weigh or choose K alike modules or slices of
+    stacked parameters, are a gate under any name; what was assumed of the others is confirmed or corrected.
+
+    Args:
+        example: a batch: a mapping of keywords, a tuple of arguments, or one argument; None: go by names.
+
+    Warns:
+        UserWarning: the forward on the example contradicts what is assumed of a gate and cannot correct it.
 
     **Shape**
         - Each gate's weight is `(experts, dim)`, whichever side is shorter.
@@ -53,6 +64,8 @@ def find_gates(model: nn.Module) -> list[Gate]:
     [Gate('0.router', 4 experts x 16, softmax, output: logits), Gate('1.router', 4 experts x 16, softmax, output: logits)]
     """
     gates = gates_by_path(model)
+    if example is not None:
+        gates = observed_gates(model, gates, example)
     for gate in gates:
         gate.name = bare_name(model, gate.name)
     return gates

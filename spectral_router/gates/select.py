@@ -6,11 +6,12 @@ import difflib
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Union
+from typing import Any, Union
 
 from torch import nn
 
 from .._rules import flat, meets
+from .discover import observed_gates
 from .evidence import beside_experts, matrices, shaped
 from .find import Gate, gate_in, gate_of, gates_by_path, looks_like_gate
 from .names import bare_name
@@ -22,8 +23,10 @@ Selector = Union[str, "re.Pattern[str]", type[nn.Module], Callable[[str, nn.Modu
 _TAKE = "gates and exclude take"
 
 
-def select_gates(model: nn.Module, gates: Selector | None, exclude: Selector | None) -> list[Gate]:
+def select_gates(model: nn.Module, gates: Selector | None, exclude: Selector | None, example: Any = None) -> list[Gate]:
     found = gates_by_path(model)
+    if example is not None:
+        found = observed_gates(model, found, example)
     with shaped(model):
         chosen = found if gates is None else _named(model, gates, found)
     for gate in chosen:

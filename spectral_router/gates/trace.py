@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,13 +90,16 @@ class Event:
 
 
 class Trace(TorchDispatchMode):
-    """Watches one forward of a model. `watched`: ids of the parameters whose products matter; None: any.
+    """Watches one forward of a model. `watched`: ids of the parameters whose products matter; None: any. `kept`: ids of
+    modules whose calls are kept whole.
 
     Below autograd and autocast, so that casts are seen, and what runs is what would run: no result is touched.
     """
 
-    def __init__(self, model: nn.Module, watched: set[int] | None = None) -> None:
+    def __init__(self, model: nn.Module, watched: set[int] | None = None, kept: Container[int] = ()) -> None:
         super().__init__()
+        self.order: list[Node] = []  # all that was made, where nothing is known yet
+        self.keep, self.kept = kept, defaultdict[int, list[Any]](list)  # whole calls of some modules, by id
         self.model, self.watched = model, watched
         self.nodes: Any = WeakIdKeyDictionary()
         self.events: list[Event] = []
@@ -119,6 +123,9 @@ class Trace(TorchDispatchMode):
         self.__exit__(None, None, None)
         while self.open:
             self._left(self.open[-1].module, args, kwargs, output)
+        self.remove_hooks()
+
+    def remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
@@ -149,6 +156,8 @@ class Trace(TorchDispatchMode):
                 pass
             call = next(call for call in reversed(self.calls) if call.module is module and call not in self.open)
             self._note_places(call, "output", output)
+            if id(module) in self.keep:
+                self.kept[id(module)].append((args, kwargs, output))
 
     def _note_places(self, call: Call, part: str, value: Any) -> None:
         for path, tensor in tree_flatten_with_path(value)[0]:
@@ -201,6 +210,8 @@ class Trace(TorchDispatchMode):
             if args and isinstance(args[0], Tensor) and func._schema.returns[0].alias_info is not None:
                 made.above = ref(args[0])
             self.nodes[tensor] = made
+            if self.watched is None:
+                self.order.append(made)
         if own in SCORING or own in CHOOSING:
             self._event(own, node, args, kwargs)
 
@@ -218,6 +229,8 @@ class Trace(TorchDispatchMode):
             node.op = getattr(packet, func._overloadname, None)
         node.shape, node.tensor, node.above = tuple(target.shape), ref(target), before.above
         self.nodes[target] = node if node.op is not None else Node(shape=tuple(target.shape), tensor=ref(target))
+        if self.watched is None:
+            self.order.append(node)
         above = before.above
         while above is not None and (tensor := above()) is not None:  # what it looks into has changed as well
             above = self.nodes[tensor].above if tensor in self.nodes else None

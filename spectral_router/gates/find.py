@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .adapters import adapts, on_parameter, refuse_what_is_no_weight
+from .discover import observed_gates
 from .evidence import beside_experts, counts_beside, counts_in, matrices, shaped
 from .gate import Gate
 from .names import bare_name
@@ -27,14 +28,29 @@ GATE_NAME = re.compile(
 _GATE_CLASS = re.compile(r"router|gating|(?:top_?k|top\d|moe|naive|noisy|switch|gshard|cosine|expert|token).*gate", re.I)
 
 
-def find_gates(model: nn.Module) -> list[Gate]:
+# beside experts these words are enough, in any company but of what is not scored
+_GATE_WORD = re.compile(r"gat(?:e|es|ing)(?:_|\d|$)|rout|select|switch|dispatch|choos|assign", re.I)
+_NO_GATE = re.compile(r"proj|noise|bias|norm|scale|emb|att|head|conv|loss|aux|expert", re.I)
+
+
+def find_gates(model: nn.Module, example: Any = None) -> list[Gate]:
     """The router gates of a model, found by structure; an empty list if it has none.
 
     A gate is a module (or a raw parameter) called gate, router, gating, w_g, switch or the like, or of a class called so, next
     to experts or with a count of experts of its own, that holds a matrix with one row (or column) for each expert. A copy of
     each is then tried on 16 random tokens, to see which of its outputs are logits and whether the weights that it hands out
     are softmax or sigmoid scores; where that fails (a gate that needs more than tokens) the class' attributes and its source
-    decide. Nothing of the model is run or changed.
+    decide. Nothing of the model is run or changed; a copy is tried only if its code touches nothing but what it is given.
+
+    With an `example` the model itself runs once on it, without gradients, and is watched: tokens times something made of
+    parameters, then softmax, sigmoid, relu or a choice over K outputs, which weigh or choose K alike modules or slices of
+    stacked parameters, are a gate under any name; what was assumed of the others is confirmed or corrected.
+
+    Args:
+        example: a batch: a mapping of keywords, a tuple of arguments, or one argument; None: go by names.
+
+    Warns:
+        UserWarning: the forward on the example contradicts what is assumed of a gate and cannot correct it.
 
     **Shape**
         - Each gate's weight is `(experts, dim)`, whichever side is shorter.
@@ -48,6 +64,8 @@ def find_gates(model: nn.Module) -> list[Gate]:
     [Gate('0.router', 4 experts x 16, softmax, output: logits), Gate('1.router', 4 experts x 16, softmax, output: logits)]
     """
     gates = gates_by_path(model)
+    if example is not None:
+        gates = observed_gates(model, gates, example)
     for gate in gates:
         gate.name = bare_name(model, gate.name)
     return gates
@@ -69,7 +87,8 @@ def gates_by_path(model: nn.Module) -> list[Gate]:
                     routers.add(id(router))
                     inside.append(f"{path}." if path else "")
             if not f"{name}.".startswith(tuple(inside)):
-                gates += search.raw_gates(name, block)
+                beside = any(f"{gate.name}.".startswith(f"{name}.".lstrip(".")) for gate in gates)
+                gates += search.raw_gates(name, block, beside)
     return gates
 
 
@@ -85,7 +104,11 @@ def gate_in(name: str, module: nn.Module, parent: nn.Module | None) -> list[Gate
     if found or len(flat) != 1:  # of several nothing tells which
         return found
     ((path, matrix),) = flat
-    return _Search().read_as(name, module, parent, path, matrix, len(matrix))
+    count = len(matrix)
+    beside = set() if parent is None else counts_in(parent) | counts_beside(parent, module)
+    if count % 2 == 0 and count not in beside and count // 2 in beside:  # logits, then the widths of their noise
+        count //= 2
+    return _Search().read_as(name, module, parent, path, matrix, count)
 
 
 def gate_of(name: str, owner: nn.Module, attribute: str, parent: nn.Module | None) -> list[Gate]:
@@ -106,12 +129,23 @@ def gate_of(name: str, owner: nn.Module, attribute: str, parent: nn.Module | Non
 def _candidates(name: str, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if not name and _GATE_CLASS.search(type(block).__name__):
         yield name, block
+    among_experts = beside_experts(block)
     for child_name, child in block.named_children():
         path = f"{name}.{child_name}".lstrip(".")
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and GATE_NAME.fullmatch(child_name.lower()):
-            yield from ((f"{path}.{key}", element) for key, element in child.named_children())
-        elif looks_like_gate(child_name, child):
+        said = among_experts and _GATE_WORD.search(child_name) and not _NO_GATE.search(child_name)
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and (said or GATE_NAME.fullmatch(child_name.lower())):
+            yield from _elements(path, child)
+        elif said or looks_like_gate(child_name, child):
             yield path, child
+
+
+def _elements(path: str, container: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What is in lists, in lists of them as well."""
+    for key, element in container.named_children():
+        if isinstance(element, (nn.ModuleList, nn.ModuleDict)):
+            yield from _elements(f"{path}.{key}", element)
+        else:
+            yield f"{path}.{key}", element
 
 
 class _Search:
@@ -139,7 +173,9 @@ class _Search:
         counts = counts_in(router) | counts_in(block, own) | counts_beside(block, router)
         owners = [type(router.get_submodule(path.rpartition(".")[0])) for path, _ in candidates]
         if not counts and beside_experts(block) and owners == [nn.Linear]:
-            counts = {len(candidates[0][1])}  # the only layer of a router whose experts do not tell their number
+            # the only layer of a router whose experts do not tell their number; one output is a choice among tokens
+            counts = {len(candidates[0][1])} - {1}
+        doubtful: list[Gate] = []
         for slack in range(5 if _GATE_CLASS.search(type(router).__name__) else 1):
             for path, parameter in reversed(candidates):
                 sides = parameter.shape if parameter.ndim > 1 else ()
@@ -147,12 +183,19 @@ class _Search:
                     sides = sides[:1]  # one row for each output, never a column
                 for count in sorted(counts, reverse=True):
                     if sides and (count + slack in sides[-2:] or (parameter.ndim == 3 and count == sides[-1])):
-                        return self.read_as(name, router, block, path, parameter, count + slack)
+                        gates = self.read_as(name, router, block, path, parameter, count + slack)
+                        # of several of this shape, the one that the weights handed out are scores of
+                        if not any(gate.assumed for gate in gates):
+                            return gates
+                        doubtful = doubtful or gates
+                        break
                     if not sides and parameter.numel() % count == 0 and parameter.numel() > count:
                         return self.read_as(name, router, block, path, parameter, count)
-        return []
+            if doubtful:
+                break
+        return doubtful
 
-    def raw_gates(self, name: str, block: nn.Module) -> list[Gate]:
+    def raw_gates(self, name: str, block: nn.Module, beside: bool = False) -> list[Gate]:
         """A matrix that is a parameter of the block itself."""
         gates: list[Gate] = []
         counts = counts_in(block) | counts_beside(block, None)
@@ -160,6 +203,18 @@ class _Search:
             if GATE_NAME.fullmatch(path.lower()) and parameter.ndim == 2 and set(parameter.shape) & counts:
                 count = max(set(parameter.shape) & counts)
                 gates += self.read_as(f"{name}.{path}".lstrip("."), block, None, path, parameter, count)
+        if gates or beside or not beside_experts(block):
+            return gates
+        # the only matrix over experts that a block has is its gate, under any name
+        only = [
+            (path, parameter)
+            for path, parameter in block.named_parameters(recurse=False)
+            if parameter.ndim == 2 and set(parameter.shape) & counts and not _NO_GATE.search(path.replace("expert", ""))
+        ]
+        if len(only) == 1:
+            ((path, parameter),) = only
+            count = max(set(parameter.shape) & counts)
+            gates += self.read_as(f"{name}.{path}".lstrip("."), block, None, path, parameter, count)
         return gates
 
     def read_as(

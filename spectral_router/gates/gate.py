@@ -15,6 +15,7 @@ from .._precision import at_least_float32, full_precision
 from .._sharding import whole
 from .adapters import adapted
 from .computed import computed
+from .recipe import Recipe
 from .scoring import SCORES
 
 Reads = Literal["logits", "probs", "input"]
@@ -39,32 +40,46 @@ class Gate:
         reads: "logits": the module's output, or its entry at `position`, holds logits over all experts; "probs": it holds
             probabilities; "input": neither, so the logits are computed again from the module's input, W x + b.
         position: index, key or attribute name of that entry; None for the output itself.
-        probs: your own reading instead: called with the module's input and its output, returns the
-            probabilities `(tokens, experts)`.
+        probs: your own reading instead: called as `probs(module, args, kwargs, output)` with all of a call of the module, the
+            one that runs (a copy's own, in a copy), returns the probabilities `(tokens, experts)`. A function of a module
+            file, not a lambda, if the model is to be pickled.
         adapter: the PEFT layer that adapts the matrix, if there is one.
         assumed: the weights that the gate handed out in its trial fit no scoring of W x + b that is known here.
         block: the module that the gate was found in, beside the experts that it scores; for `experts_of`.
+        holder: the module that `parameter` is a path in, where that is not `module`, as for a gate whose scores are read from
+            another module than holds the matrix.
+        heads: the matrix has heads x experts rows, for heads that choose on their own.
+        recipe: how a forward was seen to make the logits (or, if `reads` is "probs", the probabilities) of what the module
+            got or gave; `wrap_moe` and `find_gates(model, example=batch)` set it where the other ways misread.
     """
 
     name: str
     module: nn.Module
     num_experts: int
-    parameter: str = "weight"
+    parameter: str | tuple[str, ...] = "weight"
     scoring: str = "softmax"
     transposed: bool = False
     index: int | None = None
     reads: Reads = "logits"
     position: int | str | None = None
-    probs: Callable[[Tensor, Any], Tensor] | None = None
+    probs: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Tensor] | None = None
     adapter: nn.Module | None = None
     assumed: bool = False
     block: nn.Module | None = None
+    holder: nn.Module | None = None
+    heads: int = 1
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         if self.scoring not in SCORES:
             raise ValueError(f"scoring must be one of {', '.join(SCORES)}, got scoring={self.scoring!r}")
         if self.reads not in ("logits", "probs", "input"):
             raise ValueError(f'reads must be "logits", "probs" or "input", got reads={self.reads!r}')
+        if self.num_experts < 2:
+            raise ValueError(
+                f"a gate scores at least 2 experts, got num_experts={self.num_experts} for {self.name!r}: one output chooses among "
+                "tokens, as in mixture of depths, so there is no spread over experts to keep and no balance between them"
+            )
 
     @property
     def weight(self) -> Tensor:
@@ -78,16 +93,28 @@ class Gate:
         if weight.ndim == 1:
             weight = rearrange(weight, "(k d) -> k d", k=self.num_experts)
         weight = weight.mT if self.transposed else weight
-        return weight if len(weight) == self.num_experts else weight[: self.num_experts]
+        if weight.ndim > 2:  # keys of heads, halves or slots: each is a row
+            return weight.flatten(1) if len(weight) == self.num_experts and self._convolves else weight.flatten(0, -2)
+        rows = self.heads * self.num_experts
+        return weight if len(weight) == rows else weight[:rows]
+
+    @property
+    def _convolves(self) -> bool:
+        return isinstance(self.owner, nn.modules.conv._ConvNd)
 
     @property
     def owner(self) -> nn.Module:
         """The module whose attribute the matrix is."""
-        return self.module.get_submodule(self.parameter.rpartition(".")[0])
+        path = self.parameter if isinstance(self.parameter, str) else self.parameter[0]
+        return (self.holder or self.module).get_submodule(path.rpartition(".")[0])
 
     @property
     def matrix(self) -> Tensor:
-        """The parameter itself, however it lies."""
+        """The parameter itself, however it lies; of several vectors, one an expert, the stack."""
+        if not isinstance(self.parameter, str):
+            holder = self.holder or self.module
+            vectors = [getattr(holder.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in self.parameter]
+            return torch.stack(vectors, 1 if self.transposed else 0)
         owner, name = self.owner, self.parameter.rpartition(".")[2]
         made = computed(owner, name)
         matrix: Tensor = getattr(owner, name) if made is None else made
@@ -97,15 +124,21 @@ class Gate:
     def dim(self) -> int:
         """D, the length of the vectors that the matrix scores."""
         shape = getattr(self.matrix, "ds_shape", self.matrix.shape)  # under ZeRO-3 the parameter itself is empty
+        if len(shape) == 4 and self._convolves:
+            return shape[1] * shape[2] * shape[3]
         return shape[0] // self.num_experts if len(shape) == 1 else shape[-2 if self.transposed else -1]
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, logits: bool = False) -> Tensor:
         """Probabilities `(*, K)` over all experts, or their logits, in float32 or better, from one call of the module."""
         if self.probs is not None:
-            return self.probs(next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), output)
+            return self.probs(self.module, args, kwargs, output)
+        if self.recipe is not None:
+            scores = at_least_float32(self.recipe(args, kwargs, output))
+            return scores if logits or self.reads == "probs" else self.score(scores)
         if self.reads == "input":
             tokens = first_tokens(args, kwargs, self.dim)
-            tokens = tokens if self.index is None else tokens[self.index]
+            if self.index is not None and tokens.ndim > 2 and len(tokens) == len(self.matrix):  # one part of them each
+                tokens = tokens[self.index]
             with full_precision(tokens.device):
                 scores = self.logits(tokens)
             return scores if logits else self.score(scores)
@@ -146,6 +179,8 @@ class Gate:
         """How the probabilities are read, in a few words."""
         if self.probs is not None:
             return "own function"
+        if self.recipe is not None:
+            return f"observed: {self.recipe}"
         place = "output" if self.position is None else f"output[{self.position!r}]"
         way = {"input": "W x + b of its input", "logits": f"{place}: logits", "probs": f"{place}: probs"}[self.reads]
         return f"{way} (scoring assumed)" if self.assumed else way

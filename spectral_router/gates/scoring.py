@@ -35,6 +35,7 @@ def _product_keys(logits: Tensor) -> Tensor:
 
 # logits (*, K) -> probs (*, K), by the name of the scoring
 SCORES = {name: score if name == "softmax" else _normalised(score) for name, score in RAW_SCORES.items()}
+SCORES["relu"] = _normalised(F.relu)
 SCORES["product_keys"] = _product_keys
 
 

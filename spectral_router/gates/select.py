@@ -6,12 +6,13 @@ import difflib
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Union
+from typing import Any, Union
 
 from torch import nn
 
 from .._rules import flat, meets
-from .evidence import shaped
+from .discover import observed_gates
+from .evidence import beside_experts, matrices, shaped
 from .find import Gate, gate_in, gate_of, gates_by_path, looks_like_gate
 from .names import bare_name
 
@@ -22,8 +23,10 @@ Selector = Union[str, "re.Pattern[str]", type[nn.Module], Callable[[str, nn.Modu
 _TAKE = "gates and exclude take"
 
 
-def select_gates(model: nn.Module, gates: Selector | None, exclude: Selector | None) -> list[Gate]:
+def select_gates(model: nn.Module, gates: Selector | None, exclude: Selector | None, example: Any = None) -> list[Gate]:
     found = gates_by_path(model)
+    if example is not None:
+        found = observed_gates(model, found, example)
     with shaped(model):
         chosen = found if gates is None else _named(model, gates, found)
     for gate in chosen:
@@ -82,18 +85,43 @@ def _named(model: nn.Module, gates: Selector, found: list[Gate]) -> list[Gate]:
             if isinstance(rule, (str, re.Pattern)):
                 matched += _parameters(model, rule, modules, found)
         if not matched:
-            # each ending once, with the first full name that has it
-            endings = {re.sub(r"^.*?\.\d+\.", "", name): name for name in reversed(modules) if name}
-            close = [endings[ending] for ending in difflib.get_close_matches(str(rule), endings, 5, 0.3)]
-            close += difflib.get_close_matches(str(rule), modules, 5, 0.6)
-            like = set(_gate_like(model))
-            near = sorted(dict.fromkeys(close), key=lambda name: name not in like)[:5]
-            raise ValueError(
-                f"gates={rule!r} matches no parameter, and no module with one matrix or a matrix for its experts, in "
-                f"{type(model).__name__}{_hint(near)}"
-            )
+            raise ValueError(_unmatched(model, rule, modules))
         chosen += [gate for gate in matched if all(gate.name != other.name for other in chosen)]
     return chosen
+
+
+def _unmatched(model: nn.Module, rule: Selector, modules: dict[str, nn.Module]) -> str:
+    """What a rule that gave no gate has met, else what is near it."""
+    for name, module in modules.items():
+        if name and meets(rule, name, module, _TAKE) and (several := _matrices_of(name, module)):
+            return (
+                f"gates={rule!r} matches {name}, which has {len(several)} matrices, and nothing tells which of them scores the "
+                f"experts: name one of {', '.join(several)}"
+            )
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for path, tensor in tensors:
+            if isinstance(rule, (str, re.Pattern)) and meets(rule, path, modules[path.rpartition(".")[0]], _TAKE):
+                learns = "is read and does not learn" if kind == "buffer" else f"is {tensor.ndim}-D"
+                return (
+                    f"gates={rule!r} matches the {kind} {path} of shape {tuple(tensor.shape)}, which {learns}, so its rows are "
+                    f"not known to be experts: pass gates=Gate(name, module, num_experts, {path.rpartition('.')[2]!r}, "
+                    "probs=function), where function(module, args, kwargs, output) gives the probabilities"
+                )
+    # each ending once, with the first full name that has it
+    endings = {re.sub(r"^.*?\.\d+\.", "", name): name for name in reversed(modules) if name}
+    close = [endings[ending] for ending in difflib.get_close_matches(str(rule), endings, 5, 0.3)]
+    close += difflib.get_close_matches(str(rule), modules, 5, 0.6)
+    like = set(_gate_like(model))
+    near = sorted(dict.fromkeys(close), key=lambda name: name not in like)[:5]
+    return (
+        f"gates={rule!r} matches no parameter, and no module with one matrix or a matrix for its experts, in "
+        f"{type(model).__name__}{_hint(near)}"
+    )
+
+
+def _matrices_of(name: str, module: nn.Module) -> list[str]:
+    flat = [(path, matrix) for path, matrix in matrices(module) if matrix.ndim == 2]
+    return [f"{name}.{path} ({matrix.shape[0]} x {matrix.shape[1]})" for path, matrix in flat] if len(flat) > 1 else []
 
 
 def _at(name: str, modules: dict[str, nn.Module], found: list[Gate]) -> list[Gate]:
@@ -113,7 +141,19 @@ def _parameters(model: nn.Module, rule: str | re.Pattern[str], modules: dict[str
 
 
 def _gate_like(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if looks_like_gate(name.rpartition(".")[2], module)]
+    """Modules that are called gates, then the small ones and the matrices beside experts."""
+    called = [name for name, module in model.named_modules() if looks_like_gate(name.rpartition(".")[2], module)]
+    beside = []
+    for name, block in model.named_modules():
+        if beside_experts(block):
+            own = [path for path, parameter in block.named_parameters(recurse=False) if parameter.ndim == 2]
+            own += [
+                path
+                for path, child in block.named_children()
+                if "expert" not in f"{path} {type(child).__name__}".lower() and next(matrices(child), None) is not None
+            ]
+            beside += [f"{name}.{path}".lstrip(".") for path in own]
+    return list(dict.fromkeys(called + beside))
 
 
 def _hint(names: list[str]) -> str:

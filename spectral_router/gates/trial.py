@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .gate import Gate, Reads
+from .harmless import touches_nothing
 from .scoring import RAW_SCORES, SCORES, named_scoring, source_of
 
 _TOKENS = 16
@@ -23,6 +24,7 @@ def observe(gate: Gate, block: nn.Module | None, settled: dict[Any, _Reading]) -
 
     `settled` holds what was seen of gates alike, so that a model of 60 layers costs one trial.
     """
+    assert isinstance(gate.parameter, str)
     scorer_path = gate.parameter.rpartition(".")[0]
     scorer = gate.module.get_submodule(scorer_path)
     # a plain linear layer hands out its logits, if it is called
@@ -47,6 +49,7 @@ def observe(gate: Gate, block: nn.Module | None, settled: dict[Any, _Reading]) -
     gate.num_experts, gate.scoring, gate.reads, gate.position, gate.assumed, called = settled[key]
     if called and gate.reads == "input":
         gate.name, gate.module = f"{gate.name}.{scorer_path}".lstrip("."), scorer
+        assert isinstance(gate.parameter, str)
         gate.parameter, gate.reads, gate.position = gate.parameter.rpartition(".")[2], "logits", None
     return gate
 
@@ -91,6 +94,8 @@ def _try(gate: Gate, scorer_path: str | None) -> _Trial | None:
     generator = torch.Generator().manual_seed(0)
     matrix = gate.matrix
     if not isinstance(matrix, nn.Parameter):  # computed from others: a copy could not be given values
+        return None
+    if not touches_nothing(router):  # a global list of losses, say: its forward is for real tokens only
         return None
     # what the matrix scores may be a projection of the tokens
     widths = [gate.dim, *(module.in_features for module in router.modules() if isinstance(module, nn.Linear))]

@@ -29,6 +29,7 @@ def wrap_moe(
     gates: Selector | None = None,
     exclude: Selector | None = None,
     add_to_loss: bool = True,
+    example: Any = None,
 ) -> MoEHandle:
     """Attach a weight penalty and a balance loss to the gates of a model, with no change to the model or its training loop.
 
@@ -62,6 +63,9 @@ def wrap_moe(
             name, a module class, a predicate (name, module) -> bool, `Gate` objects, or a list of these.
         exclude: in the same terms, gates to leave out.
         add_to_loss: False leaves the model's loss alone; add `handle.loss()`.
+        example: a batch (a mapping of keywords, a tuple or one argument) to run the model on once, without gradients: its gates
+            are then found by what it computes, under any name. Without one the first training forward is watched instead, and
+            corrects how the gates are read.
 
     Returns:
         `MoEHandle`: the term, measurements, state, and `remove()`; also a context manager.
@@ -73,7 +77,7 @@ def wrap_moe(
 
     Warns:
         UserWarning, once each, with names: gates that look trained already, under "spread"; gates that are frozen, quantised
-            or did not run in the first training forward; a model compiled before; the model's own balance loss also on; a term
+            or did not run in the first training forward; gates that it does not read as they were assumed to be read; a model compiled before; the model's own balance loss also on; a term
             that nobody used.
 
     Source:
@@ -117,7 +121,7 @@ def wrap_moe(
         if MoEHandle.of(part) is not None:
             raise ValueError(f"{type(part).__name__} is wrapped already; call MoEHandle.of(model).remove() first")
     root = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
-    chosen = select_gates(root, gates, exclude)
+    chosen = select_gates(root, gates, exclude, example)
     _claim(penalty, parts[0])
     _forget_compiled(root)
     handle = MoEHandle(list(parts), chosen, penalty, balance, penalty_coef, balance_coef, add_to_loss)

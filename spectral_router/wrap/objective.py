@@ -126,6 +126,8 @@ def kept(tensor: Tensor) -> Tensor:
 
 
 def _share(probs: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean probability of each expert, (K)."""
+    """Mean probability of each expert, (K); a token that no expert gets, as of a ReLU router, counts too."""
     total = expert_sums(probs, mask)
-    return total / total.sum().clamp_min(torch.finfo(total.dtype).tiny)
+    if mask is None:
+        return total / max(probs.numel() // probs.shape[-1], 1)
+    return total / mask.sum().clamp_min(1)

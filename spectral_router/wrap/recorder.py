@@ -18,6 +18,7 @@ from .at_step import AtStep
 from .checkpointing import run_again, stand_in
 from .delivery import argument_names, by_name, loss_of, own_mask, padding_position, share_of_step, with_loss
 from .objective import Objective
+from .observed import Observed
 from .step import Call, Step, Tap
 from .watch import unwatch, watch
 from .weights import trainable
@@ -60,6 +61,7 @@ class Recorder(Objective):
             for gate, part in zip(gates, within, strict=True)
         ]
         self.step = Step(self.taps)
+        self.observed = Observed()
         self.at_step: AtStep | None = None  # where the term goes to the optimizer's step
         self.threads: dict[int, Recorder] = {}
         self._start()
@@ -96,8 +98,10 @@ class Recorder(Objective):
         step, root = self.step, self.parts[part]
         step.root = root
         step.open = self.attached and root.training and torch.is_grad_enabled()
-        if step.open and not torch.compiler.is_compiling() and self.advice.once("places"):
-            self._find_replaced()
+        if step.open and not torch.compiler.is_compiling():
+            if self.advice.once("places"):
+                self._find_replaced()
+            self.observed.move(self)
         step.evaluated = not step.open
         if not step.open:
             step.fate = step.fate if step.term is not None else ""
@@ -109,6 +113,7 @@ class Recorder(Objective):
             tap.calls, tap.inputs = [], []
         step.arguments = by_name(self.names[part], args, kwargs)
         self.part = part if len(self.parts) > 1 else None
+        self.observed.begin(self, part, args, kwargs)
 
     def at_gate(self, tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         with_graph = torch.is_grad_enabled()
@@ -124,8 +129,15 @@ class Recorder(Objective):
                 tap.calls, tap.deferred = tap.calls[:-1], tap.deferred[:-1]
         if self.at_step is not None and self.at_step.alone:
             return self.at_step.note(tap, args, kwargs, output) if self.step.open else None
+        if self.observed.trace is not None:
+            return self.observed.at_gate(self, tap, module, args, kwargs, output)
+        return self._note(tap, module, args, kwargs, output, with_graph)
+
+    def _note(
+        self, tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, with_graph: bool
+    ) -> Any:
         gate = tap.gate
-        if not torch.compiler.is_compiling() and self.step.open and gate.module is not module:
+        if not torch.compiler.is_compiling() and self.step.open and gate.module is not module and gate.holder is None:
             gate.module = module  # an adapter library has put a copy in its place
         with torch.enable_grad():
             weight = gate.weight
@@ -150,6 +162,8 @@ class Recorder(Objective):
 
     def finish(self, output: Any) -> Any:
         step = self.step
+        if self.observed.trace is not None:
+            self.observed.finish(self, output)
         if not step.open:
             if (
                 step.evaluated

@@ -55,7 +55,7 @@ def tally(recorder: Recorder, clear: bool = False) -> tuple[int, bool]:
 
 
 def _holds_gates(optimizer: torch.optim.Optimizer, recorder: Recorder, with_gradients: bool) -> bool:
-    own = {id(parameter) for gate in recorder.gates for parameter in gate.module.parameters()}
+    own = {id(parameter) for gate in recorder.gates for parameter in gate.owner.parameters()}
     return any(
         id(parameter) in own and not (with_gradients and parameter.grad is None)
         for group in optimizer.param_groups

@@ -50,7 +50,7 @@ def plain(gate: Gate) -> bool:
 def trainable(gate: Gate) -> bool:
     if gate.adapter is not None:
         return any(parameter.requires_grad for parameter in gate.adapter.parameters())
-    name = gate.parameter.rpartition(".")[2]
+    name = gate.parameter.rpartition(".")[2] if isinstance(gate.parameter, str) else ""
     parametrized = getattr(gate.owner, "parametrizations", {})
     if name in parametrized:
         return any(parameter.requires_grad for parameter in parametrized[name].parameters())

@@ -1,0 +1,196 @@
+"""Gates under any name: found in what one forward computes, with nothing assumed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .gate import Gate
+from .judge import Seen, judge, line_for, seen_of, source
+from .trace import Node, Trace, factors_of, places_of
+
+_FAR = 24  # operations between a gate's scores and what they weigh, at most
+
+
+def observed_gates(model: nn.Module, gates: list[Gate], example: Any) -> list[Gate]:
+    """The gates as one forward on a batch shows them, then those that no name told of.
+
+    Warns:
+        UserWarning: a gate is not what was assumed, and cannot be read by what was seen.
+    """
+    trace = observe_forward(model, example, gates)
+    kept, said = confirmed(trace, gates)
+    for message in said:
+        warnings.warn(message, stacklevel=4)
+    return kept + discovered(trace, model, kept)
+
+
+def observe_forward(model: nn.Module, example: Any, gates: list[Gate]) -> Trace:
+    """Watch one forward, without gradients, in the mode that the model is in. Buffers and the random state stay as they were."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    trace = Trace(model, kept={id(gate.module) for gate in gates})
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example, Mapping):
+        kwargs = dict(example)
+    else:
+        args = tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), trace:
+            model(*args, **kwargs)
+    finally:
+        trace.remove_hooks()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    return trace
+
+
+def confirmed(trace: Trace, gates: list[Gate]) -> tuple[list[Gate], list[str]]:
+    """The gates as the forward shows them, and what is to be said of those that it contradicts."""
+    kept, said = [], []
+    for gate in gates:
+        read: list[Tensor] | None
+        try:
+            read = [gate.read(*call) for call in trace.kept.get(id(gate.module), [])]
+        except Exception:  # of whatever the gate's module was not expected to hand out
+            read = None
+        verdict = judge(trace, gate, read)
+        if verdict.message and verdict.gate is None:
+            said.append(f"gate {gate.name}: {verdict.message}; write {line_for(gate)}")
+        kept.append(verdict.gate or gate)
+    return kept, said
+
+
+def discovered(trace: Trace, model: nn.Module, known: list[Gate]) -> list[Gate]:
+    """Gates that no name told of: scores of tokens over K alternatives, which weigh or choose K alike parts of the model."""
+    taken = {id(gate.matrix) for gate in known}
+    paths = {id(module): name for name, module in model.named_modules()}
+    gates: list[Gate] = []
+    done: set[tuple[int, ...]] = set()
+    for event in trace.events:
+        leaves = tuple(id(leaf.tensor()) for leaf in places_of(event.static) if leaf.tensor() is not None)
+        if leaves in done or taken & set(leaves):
+            continue
+        done.add(leaves)
+        seen = [one for one in seen_of(trace, set(leaves)) if one.main.static is event.static or one.width == event.width]
+        if not seen or seen[0].scoring is None:
+            continue
+        if (block := _weighs_alike(trace, seen[0])) is None:
+            continue
+        gate = _gate_of(trace, seen, block, paths)
+        if gate is not None:
+            gates.append(gate)
+    return gates
+
+
+def _gate_of(trace: Trace, seen: list[Seen], block: nn.Module, paths: dict[int, str]) -> Gate | None:
+    one = seen[0]
+    leaves = [leaf for leaf in places_of(one.main.static) if leaf.place is not None]
+    flat = [leaf for leaf in leaves if len(leaf.shape) >= 2]
+    vectors = [leaf for leaf in leaves if len(leaf.shape) == 1]
+    if len(flat) >= 1:
+        flat.sort(key=lambda leaf: one.width not in leaf.shape)
+        holder, name = flat[0].place  # type: ignore[misc]
+        parameter: Any = name
+        rows, columns = flat[0].shape[0], flat[0].shape[-1]
+    elif len(vectors) == one.width:
+        holder, parameter = block, tuple(f"{_below(block, leaf.place[0])}{leaf.place[1]}" for leaf in vectors)  # type: ignore[index]
+        rows, columns = one.width, vectors[0].shape[0]
+    else:
+        return None
+    found = source(trace, seen)
+    if found is None:
+        return None
+    recipe, module, _ = found
+    heads = rows // one.width if rows != one.width and rows % one.width == 0 and columns != one.width else 1
+    path = paths.get(id(holder), "")
+    name = path if isinstance(holder, nn.Linear) else f"{path}.{parameter if isinstance(parameter, str) else parameter[0]}"
+    gate = Gate(
+        name.lstrip("."), module, one.width, parameter, one.scoring or "softmax", reads="logits", recipe=recipe, holder=holder,
+        block=block, heads=heads, transposed=rows != one.width and columns == one.width and heads == 1,
+    )  # fmt: skip
+    if module is holder and isinstance(holder, nn.Linear) and not recipe.steps:
+        gate.recipe, gate.holder = None, None  # its own output, as of any linear gate
+    return gate
+
+
+def _below(block: nn.Module, module: nn.Module) -> str:
+    path = next((name for name, child in block.named_modules() if child is module), "")
+    return f"{path}." if path else ""
+
+
+def _weighs_alike(trace: Trace, one: Seen) -> nn.Module | None:
+    """The module whose K alike parts, modules or slices of stacked parameters, the scores weigh or choose; None if there is none."""
+    call = one.main.call
+    for _ in range(4):
+        if call is None:
+            return None
+        for experts in _alike(call.module, one.width):
+            if _meets(trace, one, experts):
+                return call.module
+        call = call.outer
+    return None
+
+
+def _alike(block: nn.Module, count: int) -> Iterator[list[set[int]]]:
+    """Sets of K alike parts: of each, the ids of its parameters; a stack is one set of one."""
+    groups: list[list[nn.Module]] = [list(block.children())]
+    for child in block.modules():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or (child is not block and len(list(child.children())) >= count):
+            groups.append(list(child.children()))
+    for group in groups:
+        kinds: dict[type, list[nn.Module]] = {}
+        for module in group:
+            kinds.setdefault(type(module), []).append(module)
+        for modules in kinds.values():
+            if len(modules) >= count and len(modules) - count <= 2 and _shapes(modules[-1]) and _equal(modules[-count:]):
+                yield [{id(p) for p in module.parameters()} for module in modules]
+    for module in block.modules():
+        if not isinstance(module, nn.modules.conv._ConvNd):
+            for parameter in module.parameters(recurse=False):
+                if parameter.ndim >= 3 and parameter.shape[0] == count:
+                    yield [{id(parameter)}]
+
+
+def _shapes(module: nn.Module) -> list[torch.Size]:
+    return [parameter.shape for parameter in module.parameters()]
+
+
+def _equal(modules: list[nn.Module]) -> bool:
+    return all(_shapes(module) == _shapes(modules[0]) for module in modules)
+
+
+def _meets(trace: Trace, one: Seen, experts: list[set[int]]) -> bool:
+    """Whether the scores and what the experts make meet in one operation, or the choice picks what they get.
+
+    Followed are values of the scores for a few operations, up to the next product with parameters of others.
+    """
+    ids: set[int] = set().union(*experts)
+    if any(id(leaf.tensor()) in ids for leaf in places_of(one.main.static)):
+        return False  # the gate of one of many layers: they are not what it weighs
+    scored = {one.main.logits: 0}
+    made: set[Node] = set()
+    for node in trace.order:
+        operands = node.operands()
+        if not operands or node.static:
+            continue
+        near = [scored[o] for o in operands if o in scored]
+        from_experts = any(o in made for o in operands) or any(
+            o.static and any(id(leaf.tensor()) in ids for leaf in places_of(o)) for o in operands
+        )
+        with_weights = bool(factors_of(node)) and any(o.static for o in operands)
+        if near and from_experts and any(o in made and o not in scored for o in operands):
+            return True
+        if near and from_experts and with_weights and node.name in ("bmm", "baddbmm", "mm", "addmm"):
+            return True
+        if from_experts and not near:
+            made.add(node)
+        if near and min(near) < _FAR and not with_weights:
+            scored[node] = min(near) + 1
+    return False

@@ -1,0 +1,255 @@
+"""The judge: what the first real forward computed against what was assumed of each gate; corrects, or says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .gate import Gate
+from .recipe import Recipe, recipe_for
+from .scoring import SCORES
+from .trace import SCORING, Call, Event, Node, Trace, places_of
+
+_CLOSE = 1e-5
+
+
+@dataclass
+class Verdict:
+    """What the forward says of one gate. Neither `gate` nor `message`: nothing against it."""
+
+    gate: Gate | None = None  # a better one
+    scores: list[Tensor] | None = None  # its logits (or probabilities), of each call in this forward
+    message: str = ""
+
+
+@dataclass
+class Seen:
+    """One product of tokens with a gate's matrix, and what became of it."""
+
+    main: Event
+    scoring: str | None  # None: of a kind that is not known
+
+    @property
+    def width(self) -> int:
+        return self.main.width
+
+    def truth(self) -> Tensor | None:
+        """Logits (tokens, K) as they were, noise included."""
+        held = self.main.logits.held
+        return None if held is None else held.detach().movedim(self.main.dim, -1).reshape(-1, self.width).float()
+
+
+def watched(gates: Sequence[Gate]) -> set[int]:
+    """Ids of the parameters whose products tell of these gates: theirs, and what lies beside them."""
+    ids: set[int] = set()
+    for gate in gates:
+        inside = [*gate.module.parameters(), *gate.module.buffers(), *gate.owner.parameters(), gate.matrix]
+        if gate.block is not None:
+            inside += [*gate.block.parameters(recurse=False)]
+        ids |= {id(tensor) for tensor in inside}
+    return ids
+
+
+@torch.no_grad()
+def judge(trace: Trace, gate: Gate, read: list[Tensor] | None) -> Verdict:
+    """`read`: the probabilities (*, K) that were read of each call of the gate; None: reading failed."""
+    if gate.probs is not None or gate.scoring == "product_keys" or trace.failed is not None:
+        return Verdict()
+    seen = seen_of(trace, {id(gate.matrix)})
+    if not seen:
+        return _of_another(trace, gate, read)
+    if read is not None and _same(gate, seen, read):
+        return Verdict()
+    return _corrected(trace, gate, seen, read)
+
+
+def seen_of(trace: Trace, ids: set[int]) -> list[Seen]:
+    """The products with one of these parameters whose results are scored or chosen from, in order."""
+    products: dict[Node, list[Event]] = {}
+    for event in trace.events:
+        if any(id(leaf.tensor()) in ids for leaf in places_of(event.static) if leaf.tensor is not None):
+            products.setdefault(event.product, []).append(event)
+    found = []
+    for events in products.values():
+        width = max(event.width for event in events)
+        wide = [event for event in events if event.width == width]
+        main = min(wide, key=lambda event: (event.kind == "softplus", event.distance))
+        kinds = [SCORING[event.kind] for event in [main, *events] if event.kind in SCORING and event.kind != "softplus"]
+        if width >= 2:
+            found.append(Seen(main, kinds[0] if kinds else None if main.kind == "softplus" else "softmax"))
+    return found
+
+
+def _same(gate: Gate, seen: list[Seen], read: list[Tensor]) -> bool:
+    """Whether what was read is what was computed, up to noise, and up to outputs that score no expert."""
+    if not read:
+        return False  # it is not called as a module
+    had = [tensor.detach().reshape(-1, gate.num_experts).float() for tensor in read]
+    told = torch.cat(had)
+    for noisy in (True, False):
+        parts = []
+        for one in seen:
+            logits = one.truth() if noisy else _calm(one)
+            if logits is None or one.width < gate.num_experts:
+                parts = []
+                break
+            name = gate.scoring if one.scoring is None else one.scoring
+            parts.append([SCORES[name](part) for part in (logits, logits[:, : gate.num_experts])])
+        if not parts:
+            continue
+        for choice in (0, 1):
+            truth = torch.cat([part[choice][:, : gate.num_experts] for part in parts])
+            if truth.shape == told.shape and (truth - told).abs().max() <= _tolerance(seen[0]):
+                return True
+            # one call of the module may score in several parts, or a part of the calls be frozen: as sets of means
+    return False
+
+
+def _tolerance(one: Seen) -> float:
+    held = one.main.logits.held
+    low = [node.held.dtype for node in (one.main.logits, one.main.product) if node.held is not None]
+    exact = held is not None and all(dtype in (torch.float32, torch.float64) for dtype in low)
+    return _CLOSE if exact else 2e-2
+
+
+def _calm(one: Seen) -> Tensor | None:
+    if not one.main.logits.random or one.main.call is None:
+        return None
+    call: Call | None = one.main.call
+    while call is not None:
+        found = recipe_for(one.main.logits, one.main.dim, call)
+        if found is not None and all(node.held is not None for node in found[1]):
+            return found[0].of([node.held for node in found[1]]).reshape(-1, one.width).float()  # type: ignore[misc]
+        call = call.outer
+    return None
+
+
+def _of_another(trace: Trace, gate: Gate, read: list[Tensor] | None) -> Verdict:
+    """The matrix was in no product that is scored: is another one of the gate's own?"""
+    beside = {id(p) for p in gate.module.parameters()} | {id(p) for p in (gate.block or gate.module).parameters(recurse=False)}
+    beside |= {id(b) for b in gate.module.buffers()}
+    seen = [one for one in seen_of(trace, beside) if one.width == gate.num_experts]
+    statics = {tuple(id(leaf) for leaf in places_of(one.main.static)) for one in seen}
+    if len(statics) != 1:
+        return Verdict()
+    leaves = _matrices(seen[0])
+    if len(leaves) != 1 or leaves[0].place is None:
+        return Verdict()
+    holder, name = leaves[0].place
+    rows = leaves[0].shape[0] == gate.num_experts
+    other = replace(gate, holder=holder, parameter=name, transposed=not rows, adapter=None, assumed=False)
+    return _corrected(trace, other, seen, read, f"the matrix {gate.parameter!r} is in no score over experts; {name!r} is")
+
+
+def _matrices(one: Seen) -> list[Node]:
+    return [leaf for leaf in places_of(one.main.static) if len(leaf.shape) >= 2 and one.width in leaf.shape]
+
+
+def _corrected(trace: Trace, gate: Gate, seen: list[Seen], read: list[Tensor] | None, why: str = "") -> Verdict:
+    first = seen[0]
+    count, heads = first.width, 1
+    if count != gate.num_experts and _numel(first.main.product) == _numel(first.main.logits) and gate.num_experts % count == 0:
+        heads = gate.num_experts // count
+    found = None if first.scoring is None else source(trace, seen)
+    if found is None:
+        computed = f"{first.scoring or first.main.kind} of what a product with {_named(first)} becomes"
+        assumed = f"{gate.scoring} ({gate.how})"
+        if read is None or not read:
+            return Verdict(message=f"cannot be read: assumed {assumed}, seen {computed}")
+        return Verdict(message=f"assumed {assumed}, seen {computed}; the probabilities that are read differ")
+    recipe, module, scores = found
+    better = replace(
+        gate,
+        module=module,
+        holder=gate.holder or gate.module,
+        num_experts=count,
+        heads=heads,
+        scoring=first.scoring or gate.scoring,
+        reads="logits",
+        position=None,
+        assumed=False,
+        recipe=recipe,
+    )
+    better.index = gate.index if len(seen) == 1 or gate.index is None else None
+    return Verdict(better, scores, why)
+
+
+def source(trace: Trace, seen: list[Seen]) -> tuple[Recipe, nn.Module, list[Tensor]] | None:
+    """The module whose calls give these logits by the shortest recipe, one call for each, verified; and the logits."""
+    options = []
+    for call in trace.calls:
+        found = recipe_for(seen[0].main.logits, seen[0].main.dim, call)
+        if found is not None:
+            recipe, _ = found
+            work = len(recipe.steps) + (0 if all(s[0] == "output" for s in recipe.sources if isinstance(s, tuple)) else 3)
+            options.append((work, -len(call.name), call, recipe))
+    for _, _, call, recipe in sorted(options, key=lambda option: option[:2]):
+        calls = [other for other in trace.calls if other.module is call.module]
+        if len(calls) != len(seen):
+            continue
+        scores = []
+        for one, other in zip(seen, calls, strict=True):
+            found = recipe_for(one.main.logits, one.main.dim, other)
+            if found is None or found[0].sources[:1] != recipe.sources[:1] and isinstance(recipe.sources[0], tuple):
+                break
+            values = [node.held for node in found[1]]
+            if any(value is None for value in values) or not _holds(found[0], values, one):  # type: ignore[arg-type]
+                break
+            with torch.set_grad_enabled(other.graph):
+                scores.append(found[0].of(values))  # type: ignore[arg-type]
+        else:
+            return recipe, call.module, scores
+    return None
+
+
+def _holds(recipe: Recipe, values: list[Tensor], one: Seen) -> bool:
+    """Whether the recipe gives what was seen, and the first half of that for the first half of the tokens."""
+    try:
+        whole = recipe.of(values)
+        truth = one.main.logits.held
+        if truth is None:
+            return False
+        truth = truth.movedim(one.main.dim, -1)
+        if not one.main.logits.random and not _close(whole, truth, _tolerance(one)):
+            return False
+        length = values[0].shape[0] if values[0].ndim > 1 else 1
+        if length < 2 or any(value.ndim < 2 or value.shape[0] != length for value in values):
+            return True
+        half = recipe.of([value[: length // 2] for value in values])
+        rows = half.reshape(-1, half.shape[-1])
+        return _close(rows, whole.reshape(-1, whole.shape[-1])[: len(rows)], _tolerance(one)) and 0 < len(rows) < whole[..., 0].numel()
+    except Exception:  # whatever an operation says of tensors of another size
+        return False
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    if a.shape != b.shape:
+        return False
+    finite = b.isfinite()
+    scale = b[finite].abs().max().clamp_min(1).item() if finite.any() else 1.0
+    return torch.allclose(a[finite].float(), b[finite].float(), rtol=0, atol=tolerance * scale)
+
+
+def _numel(node: Node) -> int:
+    total = 1
+    for length in node.shape:
+        total *= length
+    return total
+
+
+def _named(one: Seen) -> str:
+    names = [leaf.place[1] for leaf in places_of(one.main.static) if leaf.place is not None]
+    return " and ".join(repr(name) for name in names) or "a constant"
+
+
+def line_for(gate: Gate) -> str:
+    """The line that a user writes to read the gate by a function of their own."""
+    parameter: Any = gate.parameter
+    return (
+        f"gates=Gate({gate.name!r}, module, {gate.num_experts}, {parameter!r}, probs=function), with "
+        "function(module, args, kwargs, output) -> probabilities (tokens, experts)"
+    )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +19,8 @@ from ..gates.find import find_gates
 from ..gates.gate import Gate
 from .by_name import SELECTION
 from .stored import Checkpoint, short
+
+_LAYERS, _PARTS = 2_000, 100_000  # in a model that is built, at most
 
 
 @dataclass
@@ -44,18 +49,19 @@ def gates_by_config(checkpoint: Checkpoint) -> list[Named] | str:
     architectures = checkpoint.config.get("architectures")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         return "" if not checkpoint.config else "config.json names no architecture"
+    if said := _too_many(checkpoint.config):
+        return f"config.json states {said}, which is not built"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             model = _empty_model(checkpoint.config, architectures[0])
+            gates = find_gates(model)
+            keys = _keys_of(model, checkpoint)
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             return f"{architectures[0]} could not be built ({short(error)})"
         return "transformers is not installed"
     except Exception as error:  # a config of anyone's, a family that is not installed
         return f"{architectures[0]} could not be built ({short(error)})"
-    gates = find_gates(model)
-    keys = _keys_of(model, checkpoint)
     firsts: dict[int, int] = {}  # tied gates are one
     for position, gate in enumerate(gates):
         known = firsts.get(id(gate.matrix))
@@ -63,6 +69,30 @@ def gates_by_config(checkpoint: Checkpoint) -> list[Named] | str:
             firsts[id(gate.matrix)] = position
     chosen = [gate for position, gate in enumerate(gates) if gate.index is not None or position == firsts[id(gate.matrix)]]
     return [Named(gate, keys.get(_full(gate)), keys.get(_selection_bias(model, gate))) for gate in chosen]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing that transformers has to say of a model that is not going to run."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _too_many(settings: Any, name: str = "") -> str | None:
+    """A number of parts so large that even an empty model would not end to be built."""
+    if isinstance(settings, dict):
+        return next((said for key, value in settings.items() if (said := _too_many(value, str(key)))), None)
+    if type(settings) not in (int, float) or not re.search("layer|expert|head|block|stage|depth", name):
+        return None
+    most = _LAYERS if re.search(r"(^|_)(num|n)_\w*layers?$|depth$", name) else _PARTS
+    return f"{name}={settings}" if settings > most else None
 
 
 def _full(gate: Gate) -> str:

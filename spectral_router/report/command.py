@@ -51,11 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     for command in (inspect, compare):
         command.add_argument("--json", metavar="FILE", help="all numbers as JSON; - for the terminal, in place of the table")
         command.add_argument("--html", metavar="FILE", help="one page with pictures, which needs no network")
+        command.add_argument("--svg", metavar="FILE", help="its charts alone, as one picture")
     return parser
 
 
 def _run(options: argparse.Namespace) -> None:
-    targets = {name: check_target(path) for name in ("json", "html") if (path := getattr(options, name)) not in (None, "-")}
+    targets = {
+        name: check_target(path) for name in ("json", "html", "svg") if (path := getattr(options, name)) not in (None, "-")
+    }
     data: dict[str, Any] | None = None
     quiet = options.json == "-"
     out = None if quiet else console()
@@ -77,6 +80,10 @@ def _run(options: argparse.Namespace) -> None:
         from .page import page
 
         write_whole(targets["html"], page(reports, drifts, over_time=options.command == "inspect", data=data))
+    if "svg" in targets:
+        from .sheet import sheet
+
+        write_whole(targets["svg"], sheet(reports, drifts, over_time=options.command == "inspect"))
     if "json" in targets:
         write_whole(targets["json"], as_json(content))
     if quiet:

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from .charts import of_drift, over_depth, over_run
 from .comparison import Comparison
 from .gate_report import GateReport
 from .inspection import CheckpointReport
-from .pictures import Curve, chart, heat_map
+from .pictures import heat_map
 from .style import EXPLAINED, STYLE
 from .words import (
     COMPARED,
@@ -26,14 +27,9 @@ from .words import (
     over_time_rows,
 )
 
-_PROFILES = (
-    ("spectral_norm", "Spectral norm σ max"),
-    ("stable_rank", "Stable rank"),
-    ("centred_stable_rank", "Centred stable rank"),
-    ("effective_rank", "Effective rank"),
-    ("energy", "Hyperspherical energy"),
-    ("closest", "Closest pair, of the median distance"),
-)
+_DEPTH = ("Over depth", "Shaded: 5 % to 95 % of fresh gates of the same shape.")
+_DRIFT = ("Drift over depth", "Row spaces, rows and norms, before and after.")
+_RUN = ("Over the run", "One curve a gate: blue the first, red the last; each dot tells its gate.")
 _HEAT_MAPS = 128  # at most so many, of so many experts
 _EXPERTS = 512
 
@@ -47,15 +43,17 @@ def page(
 ) -> str:
     """HTML of one checkpoint, of a comparison of two, or of a run over time; `data`: what a batch made of the last."""
     last = reports[-1]
+    state = [_section(*_DEPTH, over_depth(last)), _inspected(last), _heat_maps(last)]
     if not drifts:
-        title, parts = heading(last), [*_depth(last), _inspected(last), _heat_maps(last)]
+        title, parts = heading(last), state
     elif over_time:
         title = f"{len(reports)} checkpoints: {reports[0].path} to {last.path}"
-        parts = [_table("Over the checkpoints", OVER_TIME, over_time_rows(reports, drifts)), *_curves(reports, drifts)]
-        parts += [f"<h2>The last one: {escape(heading(last))}</h2>", *_depth(last), _inspected(last), _heat_maps(last)]
+        parts = [_table("Over the checkpoints", OVER_TIME, over_time_rows(reports, drifts))]
+        parts += [_section(*_RUN, over_run(reports, drifts)), f"<h2>The last one: {escape(heading(last))}</h2>", *state]
     else:
         title = f"{reports[0].path} → {last.path}"
-        parts = [*_drift(drifts[0]), _table("Each router", COMPARED, compared_rows(drifts[0])), _heat_maps(last)]
+        parts = [_section(*_DRIFT, of_drift(drifts[0])), _table("Each router", COMPARED, compared_rows(drifts[0]))]
+        parts.append(_heat_maps(last))
     if data:
         parts.append(
             _table("With data: medians over tokens, and the share whose choice rounding changes", WITH_DATA, data_rows(data))
@@ -93,27 +91,8 @@ def _labelled(report: CheckpointReport) -> list[tuple[str, GateReport]]:
     return list(zip(labels([gate.name for gate in report.gates]), report.gates, strict=True))
 
 
-def _depth(report: CheckpointReport) -> list[str]:
-    """One picture a number, over the gates in their order."""
-    ticks = labels([gate.name for gate in report.gates])
-    charts = []
-    for name, title in _PROFILES:
-        values = [float("nan") if gate.geometry is None else getattr(gate.geometry, name) for gate in report.gates]
-        known = all(name in gate.fresh for gate in report.gates)
-        band = [(gate.fresh[name][0], gate.fresh[name][2]) for gate in report.gates] if known else None
-        charts.append(chart(title, [Curve(title, values)], ticks, band=band))
-    lengths = [
-        Curve(
-            word, [float("nan") if g.geometry is None else float(getattr(g.geometry.row_norms, how)()) for g in report.gates], i
-        )
-        for i, (word, how) in enumerate((("median", "median"), ("shortest", "min"), ("longest", "max")))
-    ]
-    charts.append(chart("Row lengths: shortest, median, longest", lengths, ticks, floor=0))
-    if any(gate.bias_spread is not None for gate in report.gates):
-        spread = [float("nan") if gate.bias_spread is None else gate.bias_spread for gate in report.gates]
-        charts.append(chart("Spread of the selection bias", [Curve("spread", spread)], ticks, floor=0))
-    shaded = '<p class="hint">Shaded: 5 % to 95 % of fresh gates of the same shape.</p>'
-    return ["<h2>Over depth</h2>", shaded, f'<div class="charts">{"".join(charts)}</div>']
+def _section(title: str, hint: str, charts: Sequence[str]) -> str:
+    return f'<h2>{title}</h2><p class="hint">{hint}</p><div class="charts">{"".join(charts)}</div>'
 
 
 def _inspected(report: CheckpointReport) -> str:
@@ -132,65 +111,6 @@ def _heat_maps(report: CheckpointReport) -> str:
     hint = "Cosine of each expert's row with each other's. Red: alike; blue: opposite; clear: at right angles."
     more = f" The first {len(maps)} of {len(report.gates)} gates." if len(maps) < len(report.gates) else ""
     return f'<h2>Row cosines</h2><p class="hint">{hint}{more}</p><div class="maps">{"".join(maps)}</div>'
-
-
-def _drift(comparison: Comparison) -> list[str]:
-    ticks = labels([gate.name for gate in comparison.gates])
-    gates = comparison.gates
-    charts = [
-        chart("Relative change ‖W′ − W‖ / ‖W‖", [Curve("change", [gate.change for gate in gates])], ticks, floor=0),
-        chart(
-            "Cosine of each row with itself: least, median",
-            [
-                Curve("median", [float(gate.row_cosines.median()) for gate in gates]),
-                Curve("least", [float(gate.row_cosines.min()) for gate in gates], 1),
-            ],
-            ticks,
-        ),
-        chart("Certified share of rows", [Curve("share", [gate.certified_share for gate in gates])], ticks, floor=0),
-        chart(
-            "Largest principal angle, degrees",
-            [Curve("angle", [float(g.angles.max().rad2deg()) if len(g.angles) else float("nan") for g in gates])],
-            ticks,
-            floor=0,
-        ),
-    ]
-    for name, title in _PROFILES[:3]:
-        pair = [
-            Curve(word, [float("nan") if g.geometry is None else getattr(g.geometry, name) for g in side], hue)
-            for hue, (word, side) in enumerate(
-                (("after", [gate.after for gate in gates]), ("before", [gate.before for gate in gates]))
-            )
-        ]
-        charts.append(chart(f"{title}: before (second colour), after", pair, ticks))
-    return ["<h2>Drift over depth</h2>", f'<div class="charts">{"".join(charts)}</div>']
-
-
-def _curves(reports: Sequence[CheckpointReport], drifts: Sequence[Comparison]) -> list[str]:
-    """One curve a gate, over the checkpoints."""
-    ticks = [str(place + 1) for place in range(len(reports))]
-    names = labels([gate.name for gate in reports[0].gates])
-    ramp = [place / max(1, len(names) - 1) for place in range(len(names))]
-    charts = []
-    for name, title in _PROFILES[:4]:
-        curves = [
-            Curve(label, [_of(report, place, name) for report in reports], hue)
-            for place, (label, hue) in enumerate(zip(names, ramp, strict=True))
-        ]
-        charts.append(chart(title, curves, ticks, across="checkpoint"))
-    for attribute, title in (("change", "Change from the first checkpoint"), ("certified_share", "Certified share of rows")):
-        curves = [
-            Curve(label, [getattr(drift.gates[place], attribute) for drift in drifts], hue)
-            for place, (label, hue) in enumerate(zip(names, ramp, strict=True))
-        ]
-        charts.append(chart(title, curves, ticks, across="checkpoint", floor=0))
-    hint = '<p class="hint">One curve a gate: blue the first, red the last; each dot tells its gate.</p>'
-    return ["<h2>Over the run</h2>", hint, f'<div class="charts">{"".join(charts)}</div>']
-
-
-def _of(report: CheckpointReport, place: int, name: str) -> float:
-    found = report.gates[place].geometry
-    return float("nan") if found is None else float(getattr(found, name))
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], dim: int = 0) -> str:

@@ -10,8 +10,8 @@ from torch import Tensor
 from .geometry import Geometry
 
 COLLAPSED = 1.5  # centred stable rank below which one direction orders all experts
-# Of the way from 1 to a fresh gate's centred stable rank. Models that work are well below the fresh one: over layers, stable ranks
-# are near 6.8 of 64 in OLMoE-1B-7B, where this is at 5.5, and 2.1 of 16 in Phi-3.5-MoE, where it is at 2.3.
+# Of the way from 1 to a fresh gate's centred stable rank. Models that work are well below the fresh one: over layers, stable
+# ranks are near 6.8 of 64 in OLMoE-1B-7B, where this is at 5.5, and 2.1 of 16 in Phi-3.5-MoE, where it is at 2.3.
 NARROW = 0.1
 ALIKE = 0.01  # part of the energy that tells the rows apart
 CLOSE = 0.2  # of the median distance: two rows for one

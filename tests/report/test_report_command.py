@@ -7,6 +7,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -316,3 +317,14 @@ def test_data_runs_the_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
         assert gate["radius"]["50%"] == pytest.approx(expected[name]["radius"]["50%"], rel=1e-5)
     assert main(["inspect", str(tmp_path), "--data", str(tmp_path / "none.pt")]) == 2
     assert "there is no file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "A"], ["inspect", "A", "B"], ["compare", "A", "B"]], ids=" ".join)
+def test_the_charts_alone_are_one_picture(arguments: list[str], model: Path, tmp_path: Path) -> None:
+    places = {"A": str(model), "B": str(moved(tmp_path, 1))}
+    target = tmp_path / "charts.svg"
+    assert main([places.get(word, word) for word in arguments] + ["--svg", str(target)]) == 0
+    root = ElementTree.parse(target).getroot()
+    assert len(root.findall("{*}svg")) == len(root.findall("{*}text")) >= 6
+    assert all(part.findall("{*}polyline") or part.findall("{*}circle") for part in root.findall("{*}svg"))
+    assert "var(" not in target.read_text()

@@ -1,5 +1,6 @@
 """500 damaged files: each is read rightly or refused in one sentence; no traceback, no hang, no code of theirs."""
 
+import json
 import random
 import subprocess
 import sys
@@ -71,6 +72,36 @@ def test_damaged_files_are_read_or_refused(name: str, tmp_path: Path) -> None:
         assert len(said) < 600, number
         assert time.perf_counter() - start < SECONDS, number
     assert refused > EACH // 5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_configs_of_anything_are_built_or_named(tmp_path: Path) -> None:
+    """Settings that are no settings: then names and shapes decide, and it is said why."""
+    from moe_models import mixtral
+
+    mixtral().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    chance, named = random.Random(0), 0
+    odd = [None, -1, 0, 3, 2**31, 2**62, 1e30, float("inf"), "x", "", [], {}, [1, 2], True, "../../etc", {"a": 1}]
+    inspect_checkpoint(tmp_path)  # transformers is imported now
+    for number in range(EACH):
+        changed = {**settings, **{chance.choice(list(settings)): chance.choice(odd) for _ in range(chance.randint(1, 3))}}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        start = time.perf_counter()
+        try:
+            report = inspect_checkpoint(tmp_path)
+        except ValueError as error:
+            message = str(error)
+        else:
+            message = " ".join(report.notes)
+            assert len(report.gates) == 2, number
+        named += message != ""
+        assert "\n" not in message, number
+        assert time.perf_counter() - start < SECONDS, number
+    assert named > EACH // 2
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "num_hidden_layers": 2_001}))
+    assert "config.json states num_hidden_layers=2001, which is not built" in inspect_checkpoint(tmp_path).notes[0]
 
 
 def test_the_command_says_one_sentence_on_a_damaged_file(tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ class AtStep:
         tap.seen = True
         layout = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), tap.pull.weight).shape
         mask = own_mask(tap.padding, args, kwargs)
+        rough = torch.is_autocast_enabled(tap.pull.weight.device.type)
         # what is saved for backward here is none of the business of checkpoints and offloading
         with _plain_saving(), full_precision(tap.pull.weight.device):
             if not trainable(gate):
@@ -90,7 +91,7 @@ class AtStep:
                 if linear:
                     tokens = whole(first_tokens(args, kwargs, gate.dim))
                     tokens = (tokens if gate.index is None else tokens[gate.index]).reshape(-1, gate.dim)
-                    linear = self._scored_plainly(tap, tokens, scores, output)
+                    linear = self._scored_plainly(tap, tokens, scores, output, rough)
             if not linear or tokens is None:
                 recorder.advice.not_at_step(gate.name)
                 probs = scores if gate.probs is not None or gate.reads == "probs" else gate.score(scores)
@@ -100,11 +101,11 @@ class AtStep:
             if record:
                 tap.calls.append(Call(probs, tap.pull.weight, layout, mask=mask))
 
-    def _scored_plainly(self, tap: Tap, tokens: Tensor, scores: Tensor, output: Any) -> bool:
+    def _scored_plainly(self, tap: Tap, tokens: Tensor, scores: Tensor, output: Any, rough: bool) -> bool:
         """Whether the gate's logits are W x + b, seen once a gate, in its first eager call."""
         if tap.plain is None and not torch.compiler.is_compiling():
             tensors = [leaf for leaf in (tokens, *pytree.tree_leaves(output)) if is_tensor(leaf)]
-            half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
+            half = rough or any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
             again = tap.gate.logits(tokens)
             error = (again - scores.reshape_as(again)).abs().amax() / again.abs().amax().clamp_min(1e-30)
             if error.isfinite():  # a run that has diverged tells nothing

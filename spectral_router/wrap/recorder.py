@@ -143,7 +143,7 @@ class Recorder(Objective):
             weight = gate.weight
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 weight = whole(weight).clone()  # sharding engines free it after the module's forward
-        layout = (weight if given is None else given).shape
+        layout = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), weight).shape
         # an adapter that is switched off leaves W frozen; one that was put on after wrapping is not known here
         if not (trainable(gate) and (weight.requires_grad or hasattr(gate.owner, "parametrizations"))):
             if self.step.open:

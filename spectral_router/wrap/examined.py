@@ -65,6 +65,11 @@ def examine(model: nn.Module, gates: list[Gate], batch: Any, top_k: int | None =
             hook.remove()
         for module in training:
             module.training = True
+    if not seen:
+        raise RuntimeError(
+            f"no gate of {type(model).__name__} ran on this batch as far as hooks tell; ask the model itself, not what "
+            "torch.compile made of it"
+        )
     return {gates[number].name: _told(model, gates[number], calls, top_k) for number, calls in sorted(seen.items())}
 
 

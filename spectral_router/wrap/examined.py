@@ -94,7 +94,7 @@ def _told(model: nn.Module, gate: Gate, calls: list[tuple[Tensor | None, Tensor]
         "flips": None,
     }
     weight = whole(gate.weight).detach().float()
-    if tokens is None:
+    if tokens is None or len(weight) != gate.num_experts:  # several rows an expert, as of heads
         return report
     if isinstance(gate.module, PrototypeRouter):
         radius = choice_radius(tokens, weight, count, metric=gate.module.metric)

@@ -34,7 +34,7 @@ class Named:
     def weight(self, tensor: Tensor) -> Tensor:
         """`(experts, dim)`, by the same steps as from a live model."""
         gate = self.gate
-        name = gate.parameter.rpartition(".")[2]
+        name = str(gate.parameter).rpartition(".")[2]
         if tensor.numel() != gate.matrix.numel():
             raise ValueError(
                 f"gate {self.key!r} has shape {tuple(tensor.shape)} in the file and {tuple(gate.matrix.shape)} in the model "
@@ -62,13 +62,17 @@ def gates_by_config(checkpoint: Checkpoint) -> list[Named] | str:
         return "transformers is not installed"
     except Exception as error:  # a config of anyone's, a family that is not installed
         return f"{architectures[0]} could not be built ({short(error)})"
+    full = [_full(model, gate) for gate in gates]
     firsts: dict[int, int] = {}  # tied gates are one
     for position, gate in enumerate(gates):
         known = firsts.get(id(gate.matrix))
-        if known is None or (gate.index is None and _full(gates[known]) not in keys and _full(gate) in keys):
+        if known is None or (gate.index is None and full[known] not in keys and full[position] in keys):
             firsts[id(gate.matrix)] = position
-    chosen = [gate for position, gate in enumerate(gates) if gate.index is not None or position == firsts[id(gate.matrix)]]
-    return [Named(gate, keys.get(_full(gate)), keys.get(_selection_bias(model, gate))) for gate in chosen]
+    return [
+        Named(gate, keys.get(name), keys.get(_selection_bias(model, gate, name)))
+        for position, (gate, name) in enumerate(zip(gates, full, strict=True))
+        if gate.index is not None or position == firsts[id(gate.matrix)]
+    ]
 
 
 @contextmanager
@@ -95,15 +99,17 @@ def _too_many(settings: Any, name: str = "") -> str | None:
     return f"{name}={settings}" if settings > most else None
 
 
-def _full(gate: Gate) -> str:
-    """The full name of the matrix."""
-    module = gate.name if gate.index is None else gate.name.rpartition("[")[0]
-    return f"{module}.{gate.parameter}".lstrip(".") if module else gate.parameter
+def _full(model: nn.Module, gate: Gate) -> str:
+    """The full name of the matrix; "" if it is put together from several."""
+    if not isinstance(gate.parameter, str):
+        return ""
+    path = next(name for name, module in model.named_modules() if module is gate.owner)
+    return f"{path}.{gate.parameter.rpartition('.')[2]}".lstrip(".")
 
 
-def _selection_bias(model: nn.Module, gate: Gate) -> str:
+def _selection_bias(model: nn.Module, gate: Gate, matrix: str) -> str:
     """The full name of what is added to the scores for the choice alone: of the gate, else beside it; "" if there is none."""
-    path = _full(gate).rpartition(".")[0]
+    path = matrix.rpartition(".")[0]
     for _ in range(3):
         module = model.get_submodule(path)
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..gates.find import GATE_NAME
 from .quantised import is_packed, numbers_of
@@ -13,7 +13,7 @@ from .stored import Checkpoint, natural
 _NOT_OF_THE_MODEL = re.compile(r"(^|\.)(optim\w*|exp_avg\w*|ema|scheduler)\.")
 # beside what a gate is called in models: the name of llama.cpp
 _IN_GGUF = re.compile(r"ffn_gate_inp")
-_MATRIX = re.compile(r"weight|kernel|gate_weight|w_gate|w_gating|w_g")
+_MATRIX = re.compile(r"weight|kernel|gate_weight|w_gate|w_gating|w_g|prototypes|sim_matrix")
 _NOT_SCORING = re.compile(r"norm|noise|scale|bias|lora")
 _NUMBERED = re.compile(r"(?:^|\.)\w*experts?(?:\.\w+)??\.(\d+)\.|experts?\.[\w.]*?weight(\d+)$")
 _SHARED = re.compile(r"shared|shexp")
@@ -35,46 +35,57 @@ def gates_by_name(checkpoint: Checkpoint) -> tuple[list[ByName], list[str]]:
     """The gates in the order of their layers, and near misses: names like a gate's whose shapes fit no number of experts."""
     counts = _experts_beside(checkpoint)
     stated = checkpoint.says("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
-    gates, misses = [], []
+    gates: dict[str, ByName] = {}
+    misses = []
     for key in sorted(checkpoint.tensors, key=natural):
         shape = checkpoint.tensors[key].shape
-        name = _gate_name(key)
-        if name is None or len(shape) != 2 or _SHARED.search(key):
+        name, block = _gate_name(key)
+        if not name or len(shape) not in (1, 2) or _SHARED.search(key):
             continue
         if is_packed(checkpoint, key):
             numbers_of(checkpoint, key)  # its shape says nothing; the sentence is there
-        block = name.rpartition(".")[0]
         near = counts.get(block) or counts.get(block.rpartition(".")[0]) or set()
-        if type(stated) is int and stated > 1 and not near & set(shape):
-            near = near | {stated} if near or _has_experts(checkpoint, block) else near
-        found = _fit(name, key, shape, near)
-        if found is None and not near and _has_experts(checkpoint, block) and 1 < shape[0] < shape[1]:
+        if type(stated) is int and stated > 1 and not near & set(shape) and (near or _has_experts(checkpoint, block)):
+            near = near | {stated}
+        found = _flat(name, key, shape[0], near) if len(shape) == 1 else _fit(name, key, shape, near)
+        if found is None and len(shape) == 2 and not near and _has_experts(checkpoint, block) and 1 < shape[0] < shape[1]:
             found = ByName(name, key, shape[0], False, f"{shape[0]} experts by the shape of the gate alone")
-        if found is None:
+        if found is not None and name in gates:  # a router of several layers: the last one scores
+            found = replace(found, note=f"the last of several matrices in {name}")
+        if found is not None:
+            gates[name] = found
+        elif len(shape) == 2:
             misses.append(f"{key} {tuple(shape)}")
-        else:
-            gates.append(found)
-    return gates, misses
+    return list(gates.values()), misses
 
 
-def _gate_name(key: str) -> str | None:
-    """The path up to the part that is called as gates are, which is the last one, or is followed by at most two more."""
-    if _NOT_OF_THE_MODEL.search(key):
-        return None
+def _gate_name(key: str) -> tuple[str, str]:
+    """The path up to the part that is called as gates are, which is the last one, or is followed by at most four more; and the
+    block around it. Both empty if there is none."""
     parts = key.split(".")
-    for place in range(len(parts) - 1, max(-1, len(parts) - 5), -1):
-        rest = parts[place + 1 :]
-        called = GATE_NAME.fullmatch(parts[place].lower()) or _IN_GGUF.fullmatch(parts[place])
-        if (
-            called
-            and (not rest or _MATRIX.fullmatch(rest[-1]))
-            and not re.search(r"norm|noise|scale|bias|lora", ".".join(rest))
-        ):
-            # the outermost word of several, as in router.gate.weight
-            while place and GATE_NAME.fullmatch(parts[place - 1].lower()):
-                place -= 1
-            return ".".join(parts[: place + 1])
-    return None
+    if not _NOT_OF_THE_MODEL.search(key):
+        for place in range(len(parts) - 1, max(-1, len(parts) - 5), -1):
+            rest = parts[place + 1 :]
+            called = GATE_NAME.fullmatch(parts[place].lower()) or _IN_GGUF.fullmatch(parts[place])
+            if called and (not rest or _MATRIX.fullmatch(rest[-1])) and not _NOT_SCORING.search(".".join(rest)):
+                # the outermost word of several, as in router.gate.weight
+                while place and GATE_NAME.fullmatch(parts[place - 1].lower()):
+                    place -= 1
+                outside = place
+                while outside > 1 and parts[outside - 1].isdigit() and GATE_NAME.fullmatch(parts[outside - 2].lower()):
+                    outside -= 2  # several gates in a list
+                if parts[place].lower() in ("gates", "routers") and rest and rest[0].isdigit():
+                    place += 1
+                return ".".join(parts[: place + 1]), ".".join(parts[:outside])
+    return "", ""
+
+
+def _flat(name: str, key: str, size: int, near: set[int]) -> ByName | None:
+    """One vector of all rows, as OLMo-core has it."""
+    counts = [count for count in near if size % count == 0 and size > 4 * count]
+    if len(counts) != 1 or not key.endswith("weight"):
+        return None
+    return ByName(name, key, counts[0], False, f"a flat tensor, {counts[0]} rows of {size // counts[0]}")
 
 
 def _fit(name: str, key: str, shape: tuple[int, ...], near: set[int]) -> ByName | None:

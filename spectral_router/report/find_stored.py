@@ -49,6 +49,7 @@ def _read_named(checkpoint: Checkpoint, named: Named) -> StoredGate:
 
 def _read_by_name(checkpoint: Checkpoint, found: ByName) -> StoredGate:
     tensor, note = numbers_of(checkpoint, found.key)
+    tensor = tensor.reshape(found.num_experts, -1) if tensor.ndim == 1 else tensor
     weight = tensor.mT if found.transposed else tensor
     said = checkpoint.says("scoring_func", "score_function", "router_score_function", "moe_router_score_function")
     scoring = said if said in ("softmax", "sigmoid") else None

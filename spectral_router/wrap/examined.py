@@ -65,6 +65,11 @@ def examine(model: nn.Module, gates: list[Gate], batch: Any, top_k: int | None =
             hook.remove()
         for module in training:
             module.training = True
+    if not seen:
+        raise RuntimeError(
+            f"no gate of {type(model).__name__} ran on this batch as far as hooks tell; ask the model itself, not what "
+            "torch.compile made of it"
+        )
     return {gates[number].name: _told(model, gates[number], calls, top_k) for number, calls in sorted(seen.items())}
 
 
@@ -89,7 +94,7 @@ def _told(model: nn.Module, gate: Gate, calls: list[tuple[Tensor | None, Tensor]
         "flips": None,
     }
     weight = whole(gate.weight).detach().float()
-    if tokens is None:
+    if tokens is None or len(weight) != gate.num_experts:  # several rows an expert, as of heads
         return report
     if isinstance(gate.module, PrototypeRouter):
         radius = choice_radius(tokens, weight, count, metric=gate.module.metric)

@@ -171,6 +171,7 @@ class MoEHandle(Recorder):
 
         Raises:
             ValueError: nothing says how many experts a token gets, or it is no such number.
+            RuntimeError: no gate ran.
         """
         return examine(self.model, self.gates, batch, top_k)
 

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from spectral_router import inspect_checkpoint
 from spectral_router.report.by_name import gates_by_name, selection_bias_beside
 from spectral_router.report.stored import Checkpoint, Stored
+from studies.gates import GROUPS
+from studies.gates.cases import Case
 
 K, D, H = 8, 32, 48
 
@@ -58,6 +61,25 @@ def test_gates_of_other_code_bases_are_found(name: str) -> None:
     assert [gate.key for gate in gates] == [key]
     assert (gates[0].num_experts, gates[0].transposed) == (K, name == "mixture-of-experts")
     assert (gates[0].note is not None) == (name == "MegaBlocks")  # experts that do not tell their number
+
+
+# a flat gate beside flat experts, which no shape tells apart; a stack of gates, of a hierarchy
+UNKNOWN = {"olmo_core_softmax", "olmo_core_sigmoid", "mixture_of_experts_hierarchical"}
+OTHERS = [case for group, cases in GROUPS.items() if group != "transformers" for case in cases]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.name)
+def test_a_state_dict_of_any_model_of_the_study(case: Case, tmp_path: Path) -> None:
+    """All gates or a refusal, and nothing that is none."""
+    model, _ = case.build()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    expected = {gate.parameter for gate in case.expected}
+    if not expected or case.name in UNKNOWN:
+        with pytest.raises(ValueError, match="has no router gate among its"):
+            inspect_checkpoint(tmp_path / "model.pt")
+    else:
+        assert {gate.key for gate in inspect_checkpoint(tmp_path / "model.pt").gates} == expected
 
 
 def test_a_square_gate_is_said_to_be_read_by_rows() -> None:

@@ -89,3 +89,26 @@ def test_prototypes_have_the_radius_of_their_metric() -> None:
     (told,) = wrap_moe(model).report(x).values()
     radius = choice_radius(x, model.router.prototypes, 1, metric="euclidean")
     assert told["radius"]["50%"] == pytest.approx(radius.quantile(0.5).item(), rel=1e-4)
+
+
+def test_a_batch_that_no_gate_sees_is_told() -> None:
+    class Around(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = Block()
+
+        def forward(self, x):
+            return x
+
+    with pytest.raises(RuntimeError, match=r"no gate of Around ran on this batch as far as hooks tell"):
+        wrap_moe(Around()).report(torch.randn(2, DIM), top_k=1)
+
+
+def test_hooks_are_gone_after_an_error() -> None:
+    model = mixtral()
+    handle = wrap_moe(model)
+    counts = [len(module._forward_pre_hooks) for module in model.modules()]
+    with pytest.raises(ValueError, match="input_ids"):
+        handle.report({"nonsense": 1})
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == counts
+    assert model.training

@@ -238,7 +238,7 @@ class Trace(TorchDispatchMode):
 
     def _event(self, own: str, node: Node, args: Any, kwargs: Any) -> None:
         logits = node.args[0]
-        if not isinstance(logits, Node) or logits.static or not logits.shape:
+        if not isinstance(logits, Node) or logits.static or not logits.shape or not args[0].is_floating_point():
             return
         dim = -1
         if own in ("_softmax", "_log_softmax"):

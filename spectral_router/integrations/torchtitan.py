@@ -38,13 +38,17 @@ def attach(trainer: Any, *, at_step: bool = True, **options: Any) -> MoEHandle:
     """
     pipeline = trainer.parallel_dims.pp_enabled
     if pipeline and not at_step:
-        raise ValueError("at_step must be True under pipeline parallelism, where earlier stages have no loss, got at_step=False")
+        raise ValueError("at_step must be True under pipeline parallelism, as earlier stages have no loss, got at_step=False")
     handle = wrap_moe(trainer.model_parts, **{"add_to_loss": False, **options})
     if at_step:
         own = {id(parameter) for gate in handle.gates for parameter in gate.owner.parameters()}
         for optimizer in trainer.optimizers:
             if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
                 handle.attach(optimizer, group=_replicas(trainer) if pipeline else None)
+        if pipeline:
+            schedule = trainer.pp_schedule
+            for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
+                stage._prepare_forward_infra = _Unseen(stage._prepare_forward_infra, handle)
         return handle
     trainer.loss_fn = _WithTerm(trainer.loss_fn, handle, trainer)
     return handle
@@ -52,8 +56,25 @@ def attach(trainer: Any, *, at_step: bool = True, **options: Any) -> MoEHandle:
 
 def _replicas(trainer: Any) -> Any:
     """The ranks that hold the same stage."""
+    import torch.distributed as dist
+
     mesh = trainer.parallel_dims.get_optional_mesh("loss")
-    return None if mesh is None else mesh.get_group()
+    return dist.new_group([dist.get_rank()], use_local_synchronization=True) if mesh is None else mesh.get_group()
+
+
+class _Unseen:
+    """What torch's pipelines do before the first step: run each stage on memory as it is, to learn the shapes."""
+
+    def __init__(self, plain: Callable[..., Any], handle: MoEHandle) -> None:
+        self.plain = plain
+        self.handle = handle
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before, self.handle.attached = self.handle.attached, False
+        try:
+            return self.plain(*args, **kwargs)
+        finally:
+            self.handle.attached = before
 
 
 class _WithTerm:

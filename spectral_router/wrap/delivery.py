@@ -106,7 +106,7 @@ def own_mask(position: int | None, args: tuple[Any, ...], kwargs: Mapping[str, A
 def token_mask(
     arguments: Mapping[str, Any], decoding: bool, probs: Tensor, layout: torch.Size, own: Tensor | None = None
 ) -> Tensor | None:
-    """The gate's own mask or the batch's attention mask, one entry for each of its tokens; None where there is none that fits."""
+    """The gate's own mask or the batch's attention mask, one entry for each of its tokens; None where none fits."""
     if own is not None and own.numel() * probs.shape[-1] == probs.numel():
         return own.to(probs.device).reshape(probs.shape[:-1])
     mask = arguments.get("decoder_attention_mask" if decoding else "attention_mask")

@@ -60,10 +60,15 @@ class MoEHandle(Recorder):
             except (TypeError, ValueError):  # `Gate` objects of modules that are gone
                 found = {}
         for tap in gone:
-            new = found.get(tap.gate.name)
+            block = (
+                tap.gate.name.rpartition(".")[0] + "."
+            )  # a new block may call its gate otherwise, as DeepSpeed's AutoEP does
+            near = [gate for name, gate in found.items() if name.startswith(block)]
+            new = found.get(tap.gate.name) or (near[0] if len(near) == 1 else None)
             if new is None or (new.num_experts, new.dim) != (tap.gate.num_experts, tap.gate.dim):
                 tap.gone = True
                 continue
+            new.name = tap.gate.name
             self.gates[self.gates.index(tap.gate)] = tap.gate = new
             self.registrations.append(self._hook(tap))
         self.ties = tied(self.gates)
@@ -135,6 +140,7 @@ class MoEHandle(Recorder):
         self._attach(optimizer, decoupled, every, True, group)
 
     def _attach(self, optimizer: Any, decoupled: bool = False, every: int = 1, alone: bool = False, group: Any = None) -> None:
+        self._find_replaced()
         stepper = check_optimizer(self.gates, self.model, optimizer)
         if self.at_step is not None:
             self.at_step.detach()

@@ -23,11 +23,6 @@ class Call(NamedTuple):
     tokens: Tensor  # (T, D)
     mask: Tensor | None  # (T,), True: no padding
 
-    @property
-    def count(self) -> int:
-        return len(self.tokens) if self.mask is None else int(self.mask.sum())
-
-
 
 def terms(kind: str) -> dict[str, Any]:
     """What `wrap_moe` is called with: one of the two alone. The penalty has no anchors, so that it is known by hand."""
@@ -53,13 +48,16 @@ def balance_slope(weight: Tensor, call: Call, score: Score) -> Tensor:
 
 
 @contextmanager
-def listening(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
-    """What the gates get, one entry a call: tokens, and what a second argument says of padding."""
+def listening(modules: dict[str, nn.Module], without_graph: bool = False) -> Iterator[dict[str, list[Call]]]:
+    """What the gates get, one entry a call: tokens, and what a second argument says of padding.
+
+    without_graph: also in calls without one, as the first pass of reentrant checkpointing is.
+    """
     heard: dict[str, list[Call]] = {name: [] for name in modules}
 
     def hear(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if torch._C._current_graph_task_id() == -1:  # no recomputation
+            if torch._C._current_graph_task_id() == -1 and (without_graph or torch.is_grad_enabled()):  # no recomputation
                 x = args[0].detach()
                 x = (x.full_tensor() if hasattr(x, "full_tensor") else x).clone()
                 padding = args[1] if len(args) > 1 and isinstance(args[1], Tensor) and args[1].dtype == torch.bool else None
@@ -77,16 +75,22 @@ def listening(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
 
 
 def by_hand(
-    kind: str, weights: Slopes, heard: dict[str, list[Call]], score: Score = lambda x: x.softmax(-1), by_tokens: bool = False
+    kind: str,
+    weights: Slopes,
+    heard: dict[str, list[Call]],
+    score: Score = lambda x: x.softmax(-1),
+    counts: list[int] | None = None,
 ) -> Slopes:
     """The term's gradient for each gate: the penalty's, or the mean of the balance's over all calls of all ranks.
 
-    by_tokens: a mean in which a call counts as often as it has tokens that are no padding.
+    counts: of the tokens in the loss, by call of this rank, where an engine's mean is over these; None: calls count alike.
     """
     if kind == "penalty":
         return {name: penalty_slope(weight) for name, weight in weights.items()}
     own = {
-        name: [(balance_slope(weights[name], call, score), call.count if by_tokens else 1) for call in calls]
+        name: [
+            (balance_slope(weights[name], call, score), counts[number] if counts else 1) for number, call in enumerate(calls)
+        ]
         for name, calls in heard.items()
         if name in weights
     }

@@ -39,7 +39,9 @@ def ready() -> None:
     torch_norm.WrappedTorchNorm.__new__ = norm  # type: ignore[assignment]  # Apex's and TE's know sequence parallelism
     plain = torch.distributed.all_to_all_single
 
-    def all_to_all(output: Tensor, given: Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None, **k: Any) -> Any:
+    def all_to_all(
+        output: Tensor, given: Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None, **k: Any
+    ) -> Any:
         sizes = [s.tolist() if isinstance(s, Tensor) else s for s in (output_split_sizes, input_split_sizes)]
         return plain(output, given, *sizes, **k)
 
@@ -220,13 +222,14 @@ def measure(at_step: bool, kind: str, **setting: Any) -> dict[str, list[float]]:
                 attach(chunks, optimizer if at_step else None, **terms(kind))
                 _step(chunks, optimizer, setting)
             else:
-                with listening(routers) as heard:
+                with listening(routers, "recompute_granularity" in setting.get("config", {})) as heard:
                     _step(chunks, optimizer, setting)
             after.append({name: router.weight.detach().clone() for name, router in routers.items()})
         if kind == "balance" and not at_step:  # elsewhere later layers' balance comes in from above
             before = {name: weight for name, weight in before.items() if name == "layer 2"}
-        by_tokens = setting.get("per_token", False) and not at_step
-        return gathered(times(after[0], after[1], by_hand(kind, before, heard, by_tokens=by_tokens)))
+        counted = setting.get("per_token") and not at_step  # a mean over tokens then
+        counts = [int(batch["loss_mask"].sum()) for batch in _batches(setting)] if counted else None
+        return gathered(times(after[0], after[1], by_hand(kind, before, heard, counts=counts)))
     finally:
         mpu.destroy_model_parallel()
 

@@ -17,27 +17,15 @@ HIDDEN, LENGTH, ROWS, VOCABULARY = 32, 8, 4, 64
 def ready() -> None:
     from olmo_core.nn.moe import parallel_mlp
 
-    class Experts(nn.Module): ...
-
     def forward(self: Any, x: Tensor, weights: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
-        """Every expert on the tokens that chose it: what the Triton kernels sort, pad and multiply."""
-        mlp = self.mlp
-        flat = x.reshape(-1, x.shape[-1])
+        """Every expert on all tokens, those that did not choose it times 0: what the Triton kernels sort, pad and multiply."""
+        mlp, flat = self.mlp, x.reshape(-1, x.shape[-1])
         weights, indices = weights.reshape(len(flat), -1), indices.reshape(len(flat), -1)
-        sizes = (mlp.num_experts, -1, mlp.hidden_size) if hasattr(mlp, "hidden_size") else None
-        w1, w2, w3 = (_local(getattr(mlp, name)) for name in ("w1", "w2", "w3"))
-        w1, w2, w3 = (w.reshape(mlp.num_experts, -1, w.shape[-1]) for w in (w1, w2, w3))
-        del sizes
+        w1, w2, w3 = (_local(w).reshape(mlp.num_experts, -1, flat.shape[-1]) for w in (mlp.w1, mlp.w2, mlp.w3))
         total = torch.zeros_like(flat)
         for expert in range(mlp.num_experts):
             share = (weights * (indices == expert)).sum(-1, keepdim=True)
-            first, third = w1[expert], w3[expert]
-            if first.shape[0] == flat.shape[-1]:
-                hidden = nn.functional.silu(flat @ first) * (flat @ third)
-            else:
-                hidden = nn.functional.silu(flat @ first.mT) * (flat @ third.mT)
-            second = w2[expert]
-            total = total + share * (hidden @ (second if second.shape[0] == hidden.shape[-1] else second.mT))
+            total = total + share * ((nn.functional.silu(flat @ w1[expert].mT) * (flat @ w3[expert].mT)) @ w2[expert])
         return total.reshape(x.shape)
 
     parallel_mlp.ParallelMLPBase.forward = forward  # type: ignore[method-assign]
@@ -47,19 +35,11 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-class _Trainer:
-    """What a train module asks of its trainer."""
-
-    def record_metric(self, *args: Any, **kwargs: Any) -> None: ...
-
-    record_ce_loss = record_metric
-
-
 def _module(rank_batch: int, name: str | None, own: bool) -> Any:
+    import olmo_core.distributed.parallel as meshes
     from olmo_core.config import DType
     from olmo_core.distributed.parallel import DataParallelType
     from olmo_core.nn.transformer import TransformerConfig
-    from olmo_core.optim import OptimConfig
     from olmo_core.train.train_module import TransformerTrainModule
     from olmo_core.train.train_module.transformer import TransformerDataParallelConfig
 
@@ -76,19 +56,20 @@ def _module(rank_batch: int, name: str | None, own: bool) -> Any:
         dropless=True,
     )
 
-    class Plain(OptimConfig):
-        lr: float = 1.0
-
-        def build(self, model: nn.Module, strict: bool = True) -> torch.optim.Optimizer:  # type: ignore[override]
+    class Plain:
+        def build(self, model: nn.Module, strict: bool = True) -> torch.optim.Optimizer:
             return torch.optim.SGD(model.parameters(), lr=1.0)
 
+    meshes._WORLD_MESH = None  # one a process otherwise
     torch.manual_seed(2)
     module = TransformerTrainModule(
         config.build(init_device="cpu" if name is None else "meta"),
         Plain(),
         rank_batch,
         LENGTH,
-        dp_config=None if name is None else TransformerDataParallelConfig(name=DataParallelType[name], reduce_dtype=DType.float32),
+        dp_config=None
+        if name is None
+        else TransformerDataParallelConfig(name=DataParallelType[name], reduce_dtype=DType.float32),
         device=torch.device("cpu"),
     )
     module.record_metric = module.record_ce_loss = lambda *args, **kwargs: None
@@ -131,9 +112,11 @@ def measure(at_step: bool, kind: str, name: str | None, batches: int, masked: bo
         if not wrapped:
             known = heard
         after.append(_weights(module))
+    rows = labels.split(ROWS // batches)
+    counts = None if at_step else [int(part.ne(-100).sum()) for part in rows]
     if kind == "balance" and not at_step:
         before = {"layer 1": before["layer 1"]}
-    return gathered(times(after[0], after[1], by_hand(kind, before, known)))
+    return gathered(times(after[0], after[1], by_hand(kind, before, known, counts=counts)))
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

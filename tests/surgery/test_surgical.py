@@ -252,9 +252,7 @@ def test_messages() -> None:
     with pytest.raises(ValueError, match="also='nonesuch' matches no module and no parameter of MixtralForCausalLM"):
         surgical(model, BATCH, top=1, also="nonesuch")
     handle = wrap_moe(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(
-        ValueError, match="freeze=False does not go with a handle that delivers its term at"
-    ):
+    with pytest.raises(ValueError, match="freeze=False does not go with a handle that delivers its term at"):
         surgical(model, BATCH, top=1, freeze=False)
     handle.remove()
     model.lm_head.weight.ds_id = 0

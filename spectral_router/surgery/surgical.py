@@ -70,7 +70,7 @@ def surgical(
 
     Raises:
         ValueError: not one of `top` and `share`, or one out of range; no gate; a path of other gates; experts that
-            cannot be told apart (see `experts_of`).
+            cannot be told apart (see `experts_of`); `freeze=False` under a handle that delivers at the optimizer's step.
         RuntimeError: parameters that no torch optimizer steps (DeepSpeed ZeRO-3).
 
     Warns:
@@ -98,13 +98,18 @@ def surgical(
     ...     f"experts.{path.layers[0].experts[0]}"}
     True
     """
-    handle = model if isinstance(model, MoEHandle) else None
     root = model.model if isinstance(model, MoEHandle) else _inside(model)[0]
+    handle = model if isinstance(model, MoEHandle) else MoEHandle.of(root)
     gates = find_gates(root) if handle is None else handle.gates
     if not gates:
         raise ValueError(f"no router gate found in {type(root).__name__}; wrap it with gates=... and pass the handle")
     if any(hasattr(parameter, "ds_id") for parameter in root.parameters()):
         raise RuntimeError("surgical does not work under DeepSpeed ZeRO-3, whose optimizer steps flat copies of the parameters")
+    if handle is not None and handle.at_step is not None and not freeze:
+        raise ValueError(
+            "freeze=False does not go with a handle that delivers its term at the optimizer's step, after what is off the path "
+            "has been left out: call handle.remove() for the update, or wrap without optimizer="
+        )
     if path is None:
         if batch is None:
             raise ValueError("give a batch, whose experts are to change, or a path that is known")

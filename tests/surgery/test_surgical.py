@@ -251,6 +251,10 @@ def test_messages() -> None:
         surgical(nn.Linear(2, 2), BATCH, top=1)
     with pytest.raises(ValueError, match="also='nonesuch' matches no module and no parameter of MixtralForCausalLM"):
         surgical(model, BATCH, top=1, also="nonesuch")
+    handle = wrap_moe(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="freeze=False does not go with a handle that delivers its term at"):
+        surgical(model, BATCH, top=1, freeze=False)
+    handle.remove()
     model.lm_head.weight.ds_id = 0
     with pytest.raises(RuntimeError, match="does not work under DeepSpeed ZeRO-3"):
         surgical(model, BATCH, top=1)

@@ -10,7 +10,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import cost, delivery, experts, penalty, router, startup, tracking, wrap
+import torch
+
+from . import _harness, cost, delivery, experts, launches, penalty, router, startup, tracking, wrap
 from ._harness import Report, header, progress, save, show
 
 # module and rounds: enough for quartiles, few enough for five minutes in all
@@ -21,6 +23,7 @@ BENCHMARKS = {
     "experts": (experts.measure, 15),
     "wrap": (wrap.measure, 25),
     "delivery": (delivery.measure, 11),
+    "launches": (launches.measure, 1),
     "startup": (startup.measure, 5),
     "cost": (cost.measure, 1),
 }
@@ -33,7 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run, not how fast")
     flags.add_argument("--json", type=Path, metavar="FILE", help="also write every measurement there")
     flags.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables there")
+    flags.add_argument("--device", choices=["cpu", "cuda"], help="where (default: a GPU if there is one)")
     arguments = flags.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        flags.error("--device cuda needs a GPU that torch sees, got none; leave it out, or install a CUDA build of torch")
+    _harness.chosen = arguments.device
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
     if unknown:
         flags.error(f"names must be among {', '.join(BENCHMARKS)}, got {', '.join(unknown)}")

@@ -40,13 +40,16 @@ class Report:
         return "\n".join([*lines, *(line for note in self.notes for line in ("", note)), ""])
 
 
+chosen: str | None = None  # by --device
+
+
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(chosen or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def machine() -> dict[str, str]:
     """Where the figures come from: names and versions."""
-    if torch.cuda.is_available():
+    if device().type == "cuda":
         name = torch.cuda.get_device_name()
     else:
         cpuinfo = Path("/proc/cpuinfo")

@@ -106,3 +106,10 @@ def test_wrap_leaves_no_tensor_alive(tmp_path: Path) -> None:
     assert raw["tensors left"] == {"unwrapped": [0], "wrapped": [0]}
     assert len(raw["step"]["wrapped"]) == len(raw["step"]["unwrapped"]) == 3
     assert raw["saved for backward"]["wrapped"][0] > raw["saved for backward"]["unwrapped"][0] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_a_gpu_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmarks.main(["--device", "cuda"])
+    assert "--device cuda needs a GPU that torch sees, got none" in capsys.readouterr().err

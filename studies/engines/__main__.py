@@ -1,4 +1,4 @@
-"""Runs the engines that are installed, two ranks each, and writes what was measured: `python -m studies.engines [ENGINE...]`."""
+"""Runs the installed engines, two ranks each, and writes what was measured: `python -m studies.engines [ENGINE...]`."""
 
 from __future__ import annotations
 

@@ -145,7 +145,11 @@ def measure(kind: str, at_step: bool, term: str, stage: int = 0, after: bool = F
         ended.append(_weights(engine))
         engine.destroy()
     if kind == "AutoEP, logits reported":
-        known = {name: calls[::2] for name, calls in known.items()}  # each gate is run twice a forward
+        # a gate that is run again on the same tokens, for the report, counts once
+        known = {
+            name: [call for i, call in enumerate(calls) if not i or not torch.equal(call.tokens, calls[i - 1].tokens)]
+            for name, calls in known.items()
+        }
     if term == "balance" and not at_step:  # elsewhere the later layer's balance comes in from above
         before = {"layer 1": before["layer 1"]}
     return gathered(times(ended[0], ended[1], by_hand(term, before, known)))

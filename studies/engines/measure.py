@@ -1,4 +1,4 @@
-"""Times: the change that the term makes to what the optimizer does to the gates, over the term's gradient written out by hand."""
+"""Times: the change that the term makes to the optimizer's update of the gates, over the term's gradient by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OLMo-core on CPUs: its own train module, `train_batch` and `optim_step` on a small OLMoE, with its experts' kernels replaced."""
+"""OLMo-core on CPUs: its own train module, `train_batch` and `optim_step` on a small OLMoE; its experts' kernels replaced."""
 
 from __future__ import annotations
 

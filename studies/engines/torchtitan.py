@@ -1,6 +1,6 @@
 """torchtitan on CPUs: its own Trainer, `train_step`, FSDP2, tensor parallelism and compile on a small Qwen3 with experts.
 
-Its data loader is replaced by one of random tokens, its Adam by SGD, so that an update is a gradient. Gradients are not clipped.
+Its data loader is replaced by one of random tokens, its Adam by SGD, so that an update is a gradient; nothing is clipped.
 """
 
 from __future__ import annotations

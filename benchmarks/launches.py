@@ -93,7 +93,7 @@ def measure(repeats: int, quick: bool) -> list[Report]:
         handle = getattr(call, "handle", None)
         if handle is not None:
             handle.remove()
-        report.raw[name] = {what: [launched]} | ({} if waits is None else {"waits": [waits]})
+        report.raw[name] = {what: [float(launched)]} | ({} if waits is None else {"waits": [float(waits)]})
         report.rows.append([name, str(launched), "-" if waits is None else str(waits)])
     return [report]
 

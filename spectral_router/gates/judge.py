@@ -226,7 +226,7 @@ def source(trace: Trace, seen: list[Seen]) -> tuple[Recipe, nn.Module, list[Tens
         scores = []
         for one, other in zip(seen, calls, strict=True):
             found = recipe_for(one.main.logits, one.main.dim, other)
-            if found is None or found[0].sources[:1] != recipe.sources[:1] and isinstance(recipe.sources[0], tuple):
+            if found is None or (found[0].sources[:1] != recipe.sources[:1] and isinstance(recipe.sources[0], tuple)):
                 break
             values = [node.held for node in found[1]]
             if any(value is None for value in values) or not _holds(found[0], values, one):  # type: ignore[arg-type]
@@ -253,7 +253,10 @@ def _holds(recipe: Recipe, values: list[Tensor], one: Seen) -> bool:
             return True
         half = recipe.of([value[: length // 2] for value in values])
         rows = half.reshape(-1, half.shape[-1])
-        return _close(rows, whole.reshape(-1, whole.shape[-1])[: len(rows)], _tolerance(one)) and 0 < len(rows) < whole[..., 0].numel()
+        return (
+            _close(rows, whole.reshape(-1, whole.shape[-1])[: len(rows)], _tolerance(one))
+            and 0 < len(rows) < whole[..., 0].numel()
+        )
     except Exception:  # whatever an operation says of tensors of another size
         return False
 

@@ -30,7 +30,7 @@ _GATE_CLASS = re.compile(r"router|gating|(?:top_?k|top\d|moe|naive|noisy|switch|
 
 # beside experts these words are enough, in any company but of what is not scored
 _GATE_WORD = re.compile(r"gat(?:e|es|ing)(?:_|\d|$)|rout|select|switch|dispatch|choos|assign", re.I)
-_NO_GATE = re.compile(r"proj|noise|bias|norm|scale|emb|att|head|conv|loss|aux|expert", re.I)
+_NO_GATE = re.compile(r"proj|per_layer|input|output|noise|bias|norm|scale|emb|att|head|conv|loss|aux|expert", re.I)
 
 
 def find_gates(model: nn.Module, example: Any = None) -> list[Gate]:

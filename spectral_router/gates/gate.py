@@ -113,7 +113,9 @@ class Gate:
         """The parameter itself, however it lies; of several vectors, one an expert, the stack."""
         if not isinstance(self.parameter, str):
             holder = self.holder or self.module
-            vectors = [getattr(holder.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in self.parameter]
+            vectors = [
+                getattr(holder.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in self.parameter
+            ]
             return torch.stack(vectors, 1 if self.transposed else 0)
         owner, name = self.owner, self.parameter.rpartition(".")[2]
         made = computed(owner, name)

@@ -12,7 +12,19 @@ from typing import Any
 from torch import nn
 
 # their functions file nothing anywhere
-_PURE = {"torch", "math", "einops", "typing", "collections", "functools", "builtins", "transformers", "numpy", "copy", "warnings"}
+_PURE = {
+    "torch",
+    "math",
+    "einops",
+    "typing",
+    "collections",
+    "functools",
+    "builtins",
+    "transformers",
+    "numpy",
+    "copy",
+    "warnings",
+}
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), frozenset, logging.Logger, type(Ellipsis))
 _LEAVES = {"STORE_GLOBAL", "DELETE_GLOBAL"}
 

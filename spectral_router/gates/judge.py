@@ -75,13 +75,40 @@ def seen_of(trace: Trace, ids: set[int]) -> list[Seen]:
             products.setdefault(event.product, []).append(event)
     found = []
     for events in products.values():
+        events = [replace(event, logits=all_of(event.logits)) for event in events]
+        most = max(_scored(events[0]))
+        events = [event for event in events if event.width <= most]
+        if not events:
+            continue
         width = max(event.width for event in events)
         wide = [event for event in events if event.width == width]
-        main = min(wide, key=lambda event: (event.kind == "softplus", event.distance))
-        kinds = [SCORING[event.kind] for event in [main, *events] if event.kind in SCORING and event.kind != "softplus"]
+        sure = [event for event in wide if event.kind in SCORING and event.kind != "softplus"]
+        scoring = sure or [event for event in wide if event.kind in SCORING]  # a softplus beside is the width of noise
+        main = min(scoring or wide, key=lambda event: event.distance)
         if width >= 2:
-            found.append(Seen(main, kinds[0] if kinds else None if main.kind == "softplus" else "softmax"))
+            # chosen from and never scored: softmax, as what the choice leaves of it
+            found.append(Seen(main, SCORING.get(main.kind, "softmax")))
     return found
+
+
+def _scored(event: Event) -> list[int]:
+    """How many scores a token can have of the product: the lengths of its result along the parameters' side."""
+    product = event.product
+    if product.name in ("mm", "addmm", "bmm", "baddbmm") and len(product.shape) >= 2:
+        factors = [value for value in product.args if isinstance(value, Node)][-2:]
+        return [product.shape[-1 if factors[-1].static else -2]]
+    return list(product.shape) or [1]
+
+
+def all_of(node: Node) -> Node:
+    """The scores over all experts that those of the chosen ones were taken from."""
+    while True:
+        if node.name in ("topk", "gather", "sort", "masked_fill") and node.args:
+            node = node.args[0]
+        elif node.name == "scatter" and len(node.args) > 3 and isinstance(node.args[3], Node):
+            node = node.args[3]
+        else:
+            return node
 
 
 def _same(gate: Gate, seen: list[Seen], read: list[Tensor]) -> bool:
@@ -98,15 +125,20 @@ def _same(gate: Gate, seen: list[Seen], read: list[Tensor]) -> bool:
                 parts = []
                 break
             name = gate.scoring if one.scoring is None else one.scoring
-            parts.append([SCORES[name](part) for part in (logits, logits[:, : gate.num_experts])])
+            parts.append([SCORES[name](part) for part in (logits, *_parts(logits, gate))])
         if not parts:
             continue
-        for choice in (0, 1):
+        for choice in range(3):
             truth = torch.cat([part[choice][:, : gate.num_experts] for part in parts])
             if truth.shape == told.shape and (truth - told).abs().max() <= _tolerance(seen[0]):
                 return True
             # one call of the module may score in several parts, or a part of the calls be frozen: as sets of means
     return False
+
+
+def _parts(logits: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
+    """Without what scores no expert of these: shared ones, or none at all, last or first."""
+    return logits[:, : gate.num_experts], logits[:, -gate.num_experts :]
 
 
 def _tolerance(one: Seen) -> float:
@@ -194,7 +226,7 @@ def source(trace: Trace, seen: list[Seen]) -> tuple[Recipe, nn.Module, list[Tens
         scores = []
         for one, other in zip(seen, calls, strict=True):
             found = recipe_for(one.main.logits, one.main.dim, other)
-            if found is None or found[0].sources[:1] != recipe.sources[:1] and isinstance(recipe.sources[0], tuple):
+            if found is None or (found[0].sources[:1] != recipe.sources[:1] and isinstance(recipe.sources[0], tuple)):
                 break
             values = [node.held for node in found[1]]
             if any(value is None for value in values) or not _holds(found[0], values, one):  # type: ignore[arg-type]
@@ -221,7 +253,10 @@ def _holds(recipe: Recipe, values: list[Tensor], one: Seen) -> bool:
             return True
         half = recipe.of([value[: length // 2] for value in values])
         rows = half.reshape(-1, half.shape[-1])
-        return _close(rows, whole.reshape(-1, whole.shape[-1])[: len(rows)], _tolerance(one)) and 0 < len(rows) < whole[..., 0].numel()
+        return (
+            _close(rows, whole.reshape(-1, whole.shape[-1])[: len(rows)], _tolerance(one))
+            and 0 < len(rows) < whole[..., 0].numel()
+        )
     except Exception:  # whatever an operation says of tensors of another size
         return False
 

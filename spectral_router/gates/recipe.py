@@ -16,7 +16,20 @@ from .._sharding import whole
 from .trace import Call, Node, still
 
 _VIEWS = {"view", "_unsafe_view", "reshape"}
-_UNSAID = {"view", "unsafe_view", "t", "to_copy", "expand", "permute", "transpose", "unsqueeze", "squeeze", "detach", "clone", "alias"}
+_UNSAID = {
+    "view",
+    "unsafe_view",
+    "t",
+    "to_copy",
+    "expand",
+    "permute",
+    "transpose",
+    "unsqueeze",
+    "squeeze",
+    "detach",
+    "clone",
+    "alias",
+}
 _MOST = 48  # operations: beyond, a module is not what the scores come from
 
 
@@ -209,4 +222,3 @@ def recipe_for(target: Node, dim: int, call: Call) -> tuple[Recipe, list[Node]] 
         made.append(Step(str(node.op), args, kwargs, node.index, (first.shape if first else (), node.shape)))
     recipe = Recipe(sources, [node.shape for node in nodes], made, number(last), dim)
     return recipe, [node for node, source in zip(nodes, sources, strict=True) if isinstance(source, tuple)]
-

@@ -14,13 +14,38 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten_with_path, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-_RANDOM = {"native_dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "normal", "multinomial", "randint", "randperm"}
+_RANDOM = {
+    "native_dropout",
+    "bernoulli",
+    "rand",
+    "randn",
+    "rand_like",
+    "randn_like",
+    "normal",
+    "multinomial",
+    "randint",
+    "randperm",
+}
 _RANDOM_IN_PLACE = {"normal_", "uniform_", "exponential_", "bernoulli_", "random_", "log_normal_", "geometric_", "cauchy_"}
-_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "convolution", "_cdist_forward", "_euclidean_dist"}
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "convolution", "_cdist_forward", "_euclidean_dist", "_grouped_mm"}
 _REDUCTIONS = {"sum", "mean", "linalg_vector_norm", "norm"}
-_ELEMENTWISE = {"mul", "sub", "pow", "abs", "square", "neg", "div", "_to_copy", "view", "_unsafe_view", "unsqueeze", "expand", "permute"}
+_ELEMENTWISE = {
+    "mul",
+    "sub",
+    "pow",
+    "abs",
+    "square",
+    "neg",
+    "div",
+    "_to_copy",
+    "view",
+    "_unsafe_view",
+    "unsqueeze",
+    "expand",
+    "permute",
+}
 # what makes scores of logits, and what chooses by them; an operation's name -> ours
-SCORING = {"_softmax": "softmax", "_log_softmax": "softmax", "sigmoid": "sigmoid", "relu": "relu", "softplus": "softplus"}
+SCORING = {"_softmax": "softmax", "_log_softmax": "softmax", "sigmoid": "sigmoid", "relu": "relu", "softplus": "sqrtsoftplus"}
 CHOOSING = {"topk": "top-k", "argmax": "argmax", "max": "max", "sort": "sort"}
 _WIDEST = 4096  # outputs: beyond are vocabularies
 _FAR = 64  # operations between a gate's product and its scoring, at most
@@ -252,6 +277,8 @@ class Trace(TorchDispatchMode):
         if found is None:
             return
         product, static, tokens, distance, passed = found
+        if logits.shape[dim] > max(product.shape[-3:], default=0 if len(product.shape) else 1):
+            return
         if self.watched is not None and not any(id(p) in self.watched for p in parameters_of(static)):
             return
         for passing in (logits, tokens, *passed):
@@ -259,7 +286,6 @@ class Trace(TorchDispatchMode):
         self._hold_above(tokens)
         call = self.open[-1] if self.open else None
         self.events.append(Event(own, logits, dim % len(logits.shape), product, static, tokens, distance, call))
-
 
     def _hold_above(self, node: Node) -> None:
         """What modules were given or gave, of what the tokens were made of a little before."""

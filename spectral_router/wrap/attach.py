@@ -77,7 +77,8 @@ def wrap_moe(
 
     Warns:
         UserWarning, once each, with names: gates that look trained already, under "spread"; gates that are frozen, quantised
-            or did not run in the first training forward; gates that it does not read as they were assumed to be read; a model compiled before; the model's own balance loss also on; a term
+            or did not run in the first training forward; gates
+            read otherwise than it computes; a model compiled before; the model's own balance loss also on; a term
             that nobody used.
 
     Source:

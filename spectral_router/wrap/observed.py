@@ -70,9 +70,11 @@ class Observed:
             if id(tap.gate.owner) not in {id(module) for module in trace.model.modules()}:
                 continue
             error = errors.get(tap)
-            read = None if error is not None else [
-                self._probs(recorder, tap, call.scores) for call in tap.calls if call.scores is not None
-            ]
+            read = (
+                None
+                if error is not None
+                else [self._probs(recorder, tap, call.scores) for call in tap.calls if call.scores is not None]
+            )
             if not tap.gate.module.training or (tap.calls and read == []):  # in evaluation, or frozen
                 continue
             verdict = judge(trace, tap.gate, read)
@@ -102,7 +104,9 @@ class Observed:
             live = logits.requires_grad
             given = logits if recorder.reads_logits else gate.score(logits)
             layout = logits.shape
-            new.calls.append(Call(given if live and trainable(gate) else None, weight, layout, live or not weight.requires_grad))
+            new.calls.append(
+                Call(given if live and trainable(gate) else None, weight, layout, live or not weight.requires_grad)
+            )
         recorder.taps[number] = new
         recorder.gates[recorder.gates.index(old.gate)] = gate
         recorder.ties = tied(recorder.gates)

@@ -13,6 +13,7 @@ from ..balance.formulas import router_z_loss
 from ..balance.losses import RouterZLoss
 from ..gates.gate import Gate
 from ..penalties.formulas import stable_rank
+from .second_loss import engines_own
 
 # So many forwards in a row whose loss saw no backward are taken as a sign that nobody uses that loss.
 UNUSED = 8
@@ -42,6 +43,12 @@ class Advice:
     def at_wrapping(self, model: nn.Module, balance: object) -> None:
         if any(getattr(config, "output_router_logits", False) for config in _configs(model)):
             self.own_loss(model, balance)
+        own = engines_own(model)
+        if own and not _balances_nothing(balance):
+            self.say(
+                "engine's own",
+                f"the engine balances too: {', '.join(own)}; switch it off ({', '.join(own.values())}), or wrap with balance=None",
+            )
         compiled = [
             name or type(model).__name__
             for name, module in model.named_modules()
@@ -77,7 +84,7 @@ class Advice:
         )
 
     def own_loss(self, model: nn.Module, balance: object) -> None:
-        if balance is None or balance is router_z_loss or isinstance(balance, RouterZLoss):  # which balance nothing
+        if _balances_nothing(balance):
             return
         coefs = {k: v for config in _configs(model) for k, v in vars(config).items() if k.endswith("aux_loss_coef") and v}
         if coefs:
@@ -157,6 +164,10 @@ class Advice:
             f"gate {gate!r} ran in training, but outside a call of the wrapped {model}, so nothing is recorded; wrap the "
             "module that your loop calls (a PEFT model, say, instead of its base)",
         )
+
+
+def _balances_nothing(balance: object) -> bool:
+    return balance is None or balance is router_z_loss or isinstance(balance, RouterZLoss)
 
 
 def _configs(model: nn.Module) -> list[Any]:

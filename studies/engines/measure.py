@@ -79,7 +79,7 @@ def by_hand(
     weights: Slopes,
     heard: dict[str, list[Call]],
     score: Score = lambda x: x.softmax(-1),
-    counts: list[int] | None = None,
+    counts: list[float] | None = None,
 ) -> Slopes:
     """The term's gradient for each gate: the penalty's, or the mean of the balance's over all calls of all ranks.
 

@@ -113,7 +113,7 @@ def measure(at_step: bool, kind: str, name: str | None, batches: int, masked: bo
             known = heard
         after.append(_weights(module))
     rows = labels.split(ROWS // batches)
-    counts = None if at_step else [int(part.ne(-100).sum()) for part in rows]
+    counts = None if at_step else [float(part.ne(-100).sum() / labels.ne(-100).sum()) for part in rows]
     if kind == "balance" and not at_step:
         before = {"layer 1": before["layer 1"]}
     return gathered(times(after[0], after[1], by_hand(kind, before, known, counts=counts)))

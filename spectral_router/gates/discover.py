@@ -30,7 +30,7 @@ def observed_gates(model: nn.Module, gates: list[Gate], example: Any) -> list[Ga
 
 
 def observe_forward(model: nn.Module, example: Any, gates: list[Gate]) -> Trace:
-    """Watch one forward, without gradients, in the mode that the model is in. Buffers and the random state stay as they were."""
+    """Watch one forward, without gradients, in the model's mode. Buffers and the random state stay as they were."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     trace = Trace(model, kept={id(gate.module) for gate in gates})
     args: tuple[Any, ...] = ()
@@ -126,7 +126,7 @@ def _below(block: nn.Module, module: nn.Module) -> str:
 
 
 def _weighs_alike(trace: Trace, one: Seen) -> nn.Module | None:
-    """The module whose K alike parts, modules or slices of stacked parameters, the scores weigh or choose; None if there is none."""
+    """The module whose K alike parts, modules or slices of stacked parameters, the scores weigh or choose, if any."""
     call = one.main.call
     for _ in range(4):
         if call is None:

@@ -77,8 +77,8 @@ class Gate:
             raise ValueError(f'reads must be "logits", "probs" or "input", got reads={self.reads!r}')
         if self.num_experts < 2:
             raise ValueError(
-                f"a gate scores at least 2 experts, got num_experts={self.num_experts} for {self.name!r}: one output chooses among "
-                "tokens, as in mixture of depths, so there is no spread over experts to keep and no balance between them"
+                f"a gate scores at least 2 experts, got num_experts={self.num_experts} for {self.name!r}: one output chooses "
+                "among tokens, as in mixture of depths, so there is no spread over experts to keep and no balance between them"
             )
 
     @property

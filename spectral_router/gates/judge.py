@@ -1,4 +1,7 @@
-"""The judge: what the first real forward computed against what was assumed of each gate; corrects, or says so."""
+"""The judge: what the first real forward computed against what was assumed of each gate; corrects, or says so.
+
+Over 250 lines: one verdict, read from top to bottom.
+"""
 
 from __future__ import annotations
 

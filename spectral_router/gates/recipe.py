@@ -165,7 +165,7 @@ def _said(path: tuple[Any, ...]) -> str:
     return path[0] + "".join(f"[{key!r}]" for key in path[1:])
 
 
-class Unknown(Exception):
+class UnknownError(Exception):
     """The scores cannot be made of what this call had."""
 
 
@@ -181,7 +181,7 @@ def recipe_for(target: Node, dim: int, call: Call) -> tuple[Recipe, list[Node]] 
         if node in order:
             return node
         if deep > 2 * _MOST or len(steps) > 2 * _MOST:
-            raise Unknown
+            raise UnknownError
         if node in call.places or node.op is None:
             if node in call.places:
                 sources.append(call.places[node])
@@ -190,12 +190,12 @@ def recipe_for(target: Node, dim: int, call: Call) -> tuple[Recipe, list[Node]] 
             elif node.static and node.held is not None:
                 sources.append(Constant(node.held))
             else:
-                raise Unknown
+                raise UnknownError
             order[node] = -len(sources)
             nodes.append(node)
             return node
         if node.makes_noise or node.op._schema.is_mutable or "batch_norm" in node.name:
-            raise Unknown
+            raise UnknownError
         for operand in node.operands():
             visit(operand, deep + 1)
         steps.append(node)
@@ -204,7 +204,7 @@ def recipe_for(target: Node, dim: int, call: Call) -> tuple[Recipe, list[Node]] 
 
     try:
         last = visit(target)
-    except Unknown:
+    except UnknownError:
         return None
     if not any(isinstance(source, tuple) for source in sources):
         return None

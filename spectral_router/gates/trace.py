@@ -1,4 +1,7 @@
-"""What one real forward computes: every operation with where its operands came from, and the calls of the modules."""
+"""What one real forward computes: every operation with where its operands came from, and the calls of the modules.
+
+Over 250 lines: what one operation means is read in one place.
+"""
 
 from __future__ import annotations
 
@@ -301,7 +304,7 @@ class Trace(TorchDispatchMode):
 
 
 def product_before(node: Node) -> tuple[Node, Node, Node, int, list[Node]] | None:
-    """The nearest product of tokens with parameters that this was made of: (it, its two factors, how far, what lies between)."""
+    """The nearest product of tokens with parameters behind this: (it, its two factors, how far, what lies between)."""
     node = still(node)
     edge, seen, passed = [(node, 0)], {node}, []
     while edge and len(passed) < _FAR:

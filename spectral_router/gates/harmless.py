@@ -31,7 +31,7 @@ _LEAVES = {"STORE_GLOBAL", "DELETE_GLOBAL"}
 
 def touches_nothing(module: nn.Module) -> bool:
     """By the code of its classes and of what they call: no global, closure or class attribute that can be changed."""
-    return all(_class_is_pure(type(part)) for part in module.modules())
+    return all(_class_is_pure(type(part)) for part in module.modules())  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=512)

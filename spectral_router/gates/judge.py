@@ -121,7 +121,7 @@ def _same(gate: Gate, seen: list[Seen], read: list[Tensor]) -> bool:
     had = [tensor.detach().reshape(-1, gate.num_experts).float() for tensor in read]
     told = torch.cat(had)
     for noisy in (True, False):
-        parts = []
+        parts: list[Any] = []
         for one in seen:
             logits = one.truth() if noisy else _calm(one)
             if logits is None or one.width < gate.num_experts:

@@ -43,7 +43,7 @@ class Step(NamedTuple):
     op: str  # as in torch.ops
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    index: int | None
+    place: int | None
     shapes: tuple[tuple[int, ...], tuple[int, ...]]  # of the first operand and of the result, when it was seen
 
 
@@ -122,7 +122,7 @@ def _run(step: Step, given: list[Any], named: dict[str, Any], lengths: dict[int,
         given[1] = [-1 if old == new != 1 else lengths.get(new, new) for old, new in zip(before, given[1], strict=True)]
         given[1] = [length if i >= len(given[1]) - given[0].ndim or length != -1 else 1 for i, length in enumerate(given[1])]
     result = getattr(getattr(torch.ops.aten, name), overload)(*given, **named)
-    return result if step.index is None else result[step.index]
+    return result if step.place is None else result[step.place]
 
 
 def _resized(step: Step, now: torch.Size, lengths: dict[int, int]) -> list[int]:
@@ -158,7 +158,7 @@ def _at(parts: dict[str, Any], path: tuple[Any, ...]) -> Tensor:
     value: Any = parts
     for key in path:
         value = getattr(value, key) if isinstance(key, str) and not isinstance(value, Mapping) else value[key]
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _said(path: tuple[Any, ...]) -> str:

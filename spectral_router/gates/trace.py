@@ -306,7 +306,8 @@ class Trace(TorchDispatchMode):
 def product_before(node: Node) -> tuple[Node, Node, Node, int, list[Node]] | None:
     """The nearest product of tokens with parameters behind this: (it, its two factors, how far, what lies between)."""
     node = still(node)
-    edge, seen, passed = [(node, 0)], {node}, []
+    passed: list[Node] = []
+    edge, seen = [(node, 0)], {node}
     while edge and len(passed) < _FAR:
         here, distance = edge.pop(0)
         passed.append(here)

@@ -28,10 +28,10 @@ class Observed:
         self.done: set[int] = set()  # parts
         self.moves: list[tuple[Tap, Tap]] = []  # gates that are hooked at another module from the next forward on
         self.errors: dict[Tap, Exception] = {}
-        self.call: tuple[Any, ...] = ()
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "trace": None, "errors": {}, "call": ()}
+        return {**self.__dict__, "trace": None, "errors": {}, "call": ((), {})}
 
     def begin(self, recorder: Recorder, part: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if part in self.done or torch.compiler.is_compiling():
@@ -62,7 +62,7 @@ class Observed:
         trace, errors = self.trace, self.errors
         assert trace is not None
         trace.stop(*self.call, output)
-        self.trace, self.errors, self.call = None, {}, ()
+        self.trace, self.errors, self.call = None, {}, ((), {})
         if output is None:  # an exception passed by
             return
         doubtful: dict[str, list[str]] = defaultdict(list)

@@ -79,7 +79,7 @@ def by_hand(
     weights: Slopes,
     heard: dict[str, list[Call]],
     score: Score = lambda x: x.softmax(-1),
-    counts: list[float] | None = None,
+    counts: list[Any] | None = None,
 ) -> Slopes:
     """The term's gradient for each gate: the penalty's, or the mean of the balance's over all calls of all ranks.
 

@@ -36,8 +36,8 @@ def ready() -> None:
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return made
 
-    torch_norm.WrappedTorchNorm.__new__ = norm  # type: ignore[assignment]  # Apex's and TE's know sequence parallelism
-    plain = torch.distributed.all_to_all_single
+    torch_norm.WrappedTorchNorm.__new__ = norm  # Apex's and TE's know sequence parallelism
+    plain: Any = torch.distributed.all_to_all_single
 
     def all_to_all(
         output: Tensor, given: Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None, **k: Any
@@ -45,7 +45,7 @@ def ready() -> None:
         sizes = [s.tolist() if isinstance(s, Tensor) else s for s in (output_split_sizes, input_split_sizes)]
         return plain(output, given, *sizes, **k)
 
-    torch.distributed.all_to_all_single = all_to_all  # on a GPU the sizes are lists by then
+    torch.distributed.all_to_all_single = all_to_all  # type: ignore[assignment]  # on a GPU the sizes are lists by then
     torch.optim.AdamW = _Plain  # type: ignore[misc]  # the distributed optimizer takes nothing else
 
 

@@ -28,7 +28,7 @@ def ready() -> None:
             total = total + share * ((nn.functional.silu(flat @ w1[expert].mT) * (flat @ w3[expert].mT)) @ w2[expert])
         return total.reshape(x.shape)
 
-    parallel_mlp.ParallelMLPBase.forward = forward  # type: ignore[method-assign]
+    parallel_mlp.ParallelMLPBase.forward = forward
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def _gates(module: Any) -> dict[str, nn.Module]:
 
 def _weights(module: Any) -> Slopes:
     return {
-        name: _local(router.weight.detach()).reshape(4, HIDDEN).clone()  # type: ignore[operator, union-attr]
+        name: _local(router.weight.detach()).reshape(4, HIDDEN).clone()[operator, union - attr]
         for name, router in _gates(module).items()
     }
 

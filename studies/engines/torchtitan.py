@@ -22,9 +22,9 @@ def ready() -> None:
     import torchtitan.tools.utils as tools
 
     tools.device_type, tools.device_module = "cpu", torch.cpu
-    tools.get_local_device = lambda: torch.device("cpu")  # type: ignore[assignment]
-    tools.get_peak_flops = lambda name: 1.0  # type: ignore[assignment]
-    torch.cpu.set_device = lambda device: None  # type: ignore[assignment]
+    tools.get_local_device = lambda: torch.device("cpu")
+    tools.get_peak_flops = lambda name: 1.0
+    torch.cpu.set_device = lambda device: None
 
     from torch.distributed.fsdp import FSDPModule
     from torchtitan.components import metrics
@@ -40,7 +40,7 @@ def ready() -> None:
 
         def reset_peak_stats(self) -> None: ...
 
-    metrics.build_device_memory_monitor = Memory  # type: ignore[assignment]
+    metrics.build_device_memory_monitor = Memory
     plain = FSDPModule.set_gradient_divide_factor
 
     def summed(self: Any, factor: float) -> None:  # Gloo cannot multiply and sum in one
@@ -85,7 +85,7 @@ def _trainer(setting: dict[str, Any], folder: str) -> Any:
     def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.SGD([{"params": g["params"], "lr": RATE} for g in groups])
 
-    optimizers.OptimizersContainer._resolve_optimizer_factory = staticmethod(lambda name: sgd)  # type: ignore[method-assign]
+    optimizers.OptimizersContainer._resolve_optimizer_factory = staticmethod(lambda name: sgd)
     config = qwen3.Qwen3Model.Config(
         vocab_size=64,
         dim=32,

@@ -70,7 +70,7 @@ def _match(case: Case, model: nn.Module, gates: Sequence[Gate]) -> tuple[int, in
     truth = Counter((id(model.get_parameter(e.parameter)), e.num_experts, e.scoring) for e in case.expected)
     # the slices of a stack count as the one parameter that they are
     stacks = [gate for gate in gates if not gate.index]
-    seen = Counter((id(gate.module.get_parameter(gate.parameter)), gate.num_experts, gate.scoring) for gate in stacks)
+    seen = Counter((id(gate.module.get_parameter(str(gate.parameter))), gate.num_experts, gate.scoring) for gate in stacks)
     return (truth & seen).total(), (seen - truth).total()
 
 

@@ -47,7 +47,8 @@ class Advice:
         if own and not _balances_nothing(balance):
             self.say(
                 "engine's own",
-                f"the engine balances too: {', '.join(own)}; switch it off ({', '.join(own.values())}), or wrap with balance=None",
+                f"the engine balances too: {', '.join(own)}; switch it off ({', '.join(own.values())}), or wrap with "
+                "balance=None",
             )
         compiled = [
             name or type(model).__name__

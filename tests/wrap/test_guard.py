@@ -88,7 +88,7 @@ def test_one_penalty_that_remembers_belongs_to_one_model() -> None:
         wrap_moe(Wide(), penalty=penalty)
 
 
-def test_a_gate_bypassed_by_a_kernel_is_penalised_all_the_same() -> None:
+def test_a_gate_bypassed_by_a_kernel_is_penalised_and_balanced_all_the_same() -> None:
     class Fused(Block):
         def run(self, x: Tensor) -> Tensor:
             probs = nn.functional.linear(x, self.router.weight, self.router.bias).softmax(-1)
@@ -97,9 +97,10 @@ def test_a_gate_bypassed_by_a_kernel_is_penalised_all_the_same() -> None:
     model = Wide()
     model.blocks = nn.ModuleList(Fused("none", True).double() for _ in range(2))
     handle = wrapped(model, balance=LoadBalanceLoss())
-    with pytest.warns(UserWarning, match="their weights are penalised, their balance is not"):
-        term = model(batches(1)[0][0])["loss"]
+    term = model(batches(1)[0][0])["loss"]
+    assert set(handle.balances) == {0, 1}  # read where the block makes its logits
+    balance = handle.balance_coef * sum(handle.balances.values())
     handle.remove()
     task = model(batches(1)[0][0])["loss"]
-    expected = ALPHA * sum(spectral_rank_penalty(block.router.weight, SIGMA) for block in model.blocks)
+    expected = balance + ALPHA * sum(spectral_rank_penalty(block.router.weight, SIGMA) for block in model.blocks)
     torch.testing.assert_close(term - task, expected)

@@ -63,11 +63,20 @@ def judge(trace: Trace, gate: Gate, read: list[Tensor] | None) -> Verdict:
     if gate.probs is not None or gate.scoring == "product_keys" or trace.failed is not None:
         return Verdict()
     seen = seen_of(trace, {id(gate.matrix)})
+    # of tied gates each is judged by its own calls
+    seen = [one for one in seen if _within(one, gate.module)] or seen
     if not seen:
         return _of_another(trace, gate, read)
     if read is not None and _same(gate, seen, read):
         return Verdict()
     return _corrected(trace, gate, seen, read)
+
+
+def _within(one: Seen, module: nn.Module) -> bool:
+    call: Call | None = one.main.call
+    while call is not None and call.module is not module:
+        call = call.outer
+    return call is not None
 
 
 def seen_of(trace: Trace, ids: set[int]) -> list[Seen]:

@@ -85,7 +85,7 @@ def _gates(module: Any) -> dict[str, nn.Module]:
 
 def _weights(module: Any) -> Slopes:
     return {
-        name: _local(router.weight.detach()).reshape(4, HIDDEN).clone()[operator, union - attr]
+        name: _local(router.weight.detach()).reshape(4, HIDDEN).clone()
         for name, router in _gates(module).items()
     }
 

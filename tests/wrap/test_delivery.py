@@ -149,7 +149,7 @@ def test_hooks_are_traced_and_compiled_once() -> None:
         assert torch.compiler.is_compiling()
         return load_balance_loss(probs, mask)
 
-    def probs(_tokens: Tensor, output: tuple[Tensor, ...]) -> Tensor:
+    def probs(_module: nn.Module, _args: tuple, _kwargs: dict, output: tuple[Tensor, ...]) -> Tensor:
         assert torch.compiler.is_compiling()
         return output[0].float().softmax(-1)
 

@@ -79,7 +79,7 @@ def discovered(trace: Trace, model: nn.Module, known: list[Gate]) -> list[Gate]:
             continue
         done.add(leaves)
         seen = [one for one in seen_of(trace, set(leaves)) if one.main.static is event.static or one.width == event.width]
-        if not seen or seen[0].scoring is None:
+        if not seen or seen[0].scoring is None or _width_of_noise(trace, seen[0]):
             continue
         if (block := _weighs_alike(trace, seen[0])) is None:
             continue
@@ -87,6 +87,12 @@ def discovered(trace: Trace, model: nn.Module, known: list[Gate]) -> list[Gate]:
         if gate is not None:
             gates.append(gate)
     return gates
+
+
+def _width_of_noise(trace: Trace, one: Seen) -> bool:
+    """A softplus beside scores that something random was added to: it says how much, and scores nothing."""
+    same = [event for event in trace.events if event.call is one.main.call and event.product is not one.main.product]
+    return one.main.kind == "softplus" and any(event.logits.random for event in same)
 
 
 def _gate_of(trace: Trace, seen: list[Seen], block: nn.Module, paths: dict[int, str]) -> Gate | None:
@@ -189,6 +195,8 @@ def _meets(trace: Trace, one: Seen, experts: list[set[int]]) -> bool:
             return True
         if near and from_experts and with_weights and node.name in ("bmm", "baddbmm", "mm", "addmm"):
             return True
+        if near and from_experts and node.name in ("index", "index_select", "embedding"):
+            return True  # slices of a stack, by the choice
         if from_experts and not near:
             made.add(node)
         if near and min(near) < _FAR and not with_weights:

@@ -25,7 +25,7 @@ from moe_models import (
     tokens,
     wrapped_stack,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from spectral_router import wrap_moe

@@ -228,7 +228,7 @@ def test_message_a_gate_without_logits() -> None:
 def test_message_a_gate_with_its_own_function() -> None:
     model = Stack()
     gates = find_gates(model)
-    own = Gate("mine", gates[0].module, EXPERTS, probs=lambda x, output: output.softmax(-1))
+    own = Gate("mine", gates[0].module, EXPERTS, probs=lambda module, args, kwargs, output: output.softmax(-1))
     with pytest.raises(ValueError, match=r"no logit .* can be read: mine \(own function\); leave .* exclude=\['mine'\]"):
         wrapped(model, gates=[own, gates[1]])
     gates[1].scoring = "product_keys"

@@ -13,10 +13,13 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def autocasting(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off. Not even asked for where it is off already: on small gates that takes as long as the computation."""
-    known = device.type != "meta"  # which has no autocast
-    return torch.autocast(device.type, enabled=False) if known and torch.is_autocast_enabled(device.type) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasting(device) else nullcontext()
 
 
 def keep_precision(module: nn.Module, before: dict[str, Tensor | None]) -> None:

@@ -64,7 +64,7 @@ def judge(trace: Trace, gate: Gate, read: list[Tensor] | None) -> Verdict:
         return Verdict()
     seen = seen_of(trace, {id(gate.matrix)})
     # of tied gates each is judged by its own calls
-    seen = [one for one in seen if _within(one, gate.module)] or seen
+    seen = [one for one in seen if _within(one, gate.module) or _within(one, gate.block)] or seen
     if not seen:
         return _of_another(trace, gate, read)
     if read is not None and _same(gate, seen, read):
@@ -72,11 +72,11 @@ def judge(trace: Trace, gate: Gate, read: list[Tensor] | None) -> Verdict:
     return _corrected(trace, gate, seen, read)
 
 
-def _within(one: Seen, module: nn.Module) -> bool:
+def _within(one: Seen, module: nn.Module | None) -> bool:
     call: Call | None = one.main.call
     while call is not None and call.module is not module:
         call = call.outer
-    return call is not None
+    return module is not None and call is not None
 
 
 def seen_of(trace: Trace, ids: set[int]) -> list[Seen]:

@@ -151,10 +151,15 @@ class Trace(TorchDispatchMode):
         self.__exit__(None, None, None)
         while self.open:
             self._left(self.open[-1].module, args, kwargs, output)
-        self.remove_hooks()
+        # where an exception passes by, torch is on its way through the model's own hooks
+        self.remove_hooks(2 if output is None else 0)
+        if output is None:
+            for kept in (self.order, self.events, self.calls, self.placed, self.kept, self.nodes):
+                kept.clear()
 
-    def remove_hooks(self) -> None:
-        for hook in self._hooks:
+    def remove_hooks(self, but: int = 0) -> None:
+        """All, or all but the first, which are the model's own."""
+        for hook in self._hooks[but:]:
             hook.remove()
 
     # modules ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, is_tensor
 from torch.utils import _pytree as pytree
 
-from .._precision import full_precision
+from .._precision import autocasting, full_precision
 from .._sharding import whole
 from ..gates.gate import first_tokens
 from .delivery import own_mask, token_mask
@@ -77,7 +77,7 @@ class AtStep:
         tap.seen = True
         layout = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), tap.pull.weight).shape
         mask = own_mask(tap.padding, args, kwargs)
-        rough = torch.is_autocast_enabled(tap.pull.weight.device.type)
+        rough = autocasting(tap.pull.weight.device)
         # what is saved for backward here is none of the business of checkpoints and offloading
         with _plain_saving(), full_precision(tap.pull.weight.device):
             if not trainable(gate):

@@ -195,6 +195,7 @@ class MoEHandle(Recorder):
                         getattr(module, flags).pop(key, None)
         if self.at_step is not None:
             self.at_step.detach()
+        self.observed.clear()
         self.step = Step(self.taps)
         self.attached = False
 

@@ -28,12 +28,19 @@ class Observed:
         self.done: set[int] = set()  # parts
         self.moves: list[tuple[Tap, Tap]] = []  # gates that are hooked at another module from the next forward on
         self.errors: dict[Tap, Exception] = {}
+        self.rest: Trace | None = None  # its hooks on the model that an exception was passing by
         self.call: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "trace": None, "errors": {}, "call": ((), {})}
+        return {**self.__dict__, "trace": None, "rest": None, "errors": {}, "call": ((), {})}
+
+    def clear(self) -> None:
+        if self.rest is not None:
+            self.rest.remove_hooks()
+            self.rest = None
 
     def begin(self, recorder: Recorder, part: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.clear()
         if part in self.done or torch.compiler.is_compiling():
             return
         self.done.add(part)
@@ -64,6 +71,7 @@ class Observed:
         trace.stop(*self.call, output)
         self.trace, self.errors, self.call = None, {}, ((), {})
         if output is None:  # an exception passed by
+            self.rest = trace
             return
         doubtful: dict[str, list[str]] = defaultdict(list)
         for number, tap in enumerate(recorder.taps):
@@ -125,7 +133,10 @@ class Observed:
 
 
 def _watchable(model: nn.Module) -> bool:
-    """Not where torch keeps dispatch for itself: transforms, code compiled already, replicas in threads."""
+    """Not where torch keeps dispatch for itself or there are no values: transforms, other modes, code compiled already,
+    replicas in threads, the meta device."""
     if torch._C._functorch.peek_interpreter_stack() is not None or getattr(model, "_is_replica", False):
+        return False
+    if torch._C._len_torch_dispatch_stack() or any(parameter.is_meta for parameter in model.parameters()):
         return False
     return not any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in model.modules())

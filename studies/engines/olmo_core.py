@@ -84,10 +84,8 @@ def _gates(module: Any) -> dict[str, nn.Module]:
 
 
 def _weights(module: Any) -> Slopes:
-    return {
-        name: _local(router.weight.detach()).reshape(4, HIDDEN).clone()
-        for name, router in _gates(module).items()
-    }
+    routers: dict[str, Any] = _gates(module)
+    return {name: _local(router.weight.detach()).reshape(4, HIDDEN).clone() for name, router in routers.items()}
 
 
 def measure(at_step: bool, kind: str, name: str | None, batches: int, masked: bool = False, own: bool = False) -> Any:

@@ -41,6 +41,7 @@ def test_a_wrong_reading_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The survey can fail: with the other scoring, or with probabilities taken for logits, its gradients differ."""
     (case,) = [case for case in CASES if case.name == "mixtral"]
     read = Gate.read
+    monkeypatch.setattr("spectral_router.wrap.observed._watchable", lambda model: False)  # else the forward puts it right
     monkeypatch.setattr(Gate, "read", lambda self, *call: read(self, *call).softmax(-1))
     finding = examine("transformers", case)
     assert finding.error is not None

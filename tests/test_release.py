@@ -61,7 +61,7 @@ def test_wheel_holds_the_package_only(release: Release) -> None:
     with zipfile.ZipFile(release.wheel) as archive:
         files = set(archive.namelist())
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "spectral_router").glob("**/*.py")}
-    about = {f"{NAME}.dist-info/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")}
+    about = {f"{NAME}.dist-info/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")}
     assert files == sources | {"spectral_router/py.typed"} | about
     assert release.wheel.stat().st_size < 300_000
 

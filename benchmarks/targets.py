@@ -40,11 +40,6 @@ TARGETS = [
     Target(LITERAL, "Mixtral", "literal", "exact", 12, at_least=True),
     Target(LITERAL, "OLMoE", "literal", "exact", 6, at_least=True),
     *(Target(LITERAL, name, "literal", "exact", 7, at_least=True) for name in ("Qwen3", "DeepSeek", "Kimi")),
-    *(
-        Target(LITERAL, name, "literal", "step", bound, at_least=True)
-        for name, bound in (("Mixtral", 25), ("OLMoE", 12), ("Qwen3", 12))
-    ),
-    *(Target(LIMIT, name, "step", "limit", 4) for name in ("Mixtral", "OLMoE")),
     *(Target(LIMIT, name, "power", "limit", 4) for name in ("OLMoE", "Qwen3", "DeepSeek", "Kimi")),
     Target(ROUTER, "", "sqeuclidean", "linear", 1.3),
     Target(ROUTER, "", "euclidean", "linear", 1.5),

@@ -73,6 +73,12 @@ class Observed:
         if output is None:  # an exception passed by
             self.rest = trace
             return
+        if trace.failed is not None:
+            recorder.advice.say(
+                "unwatched",
+                f"the first training forward could not be watched ({type(trace.failed).__name__}: {trace.failed}), so gates are "
+                "read as print(handle) says, unconfirmed; see that it is right, or give Gate objects with probs=function",
+            )
         doubtful: dict[str, list[str]] = defaultdict(list)
         for number, tap in enumerate(recorder.taps):
             if id(tap.gate.owner) not in {id(module) for module in trace.model.modules()}:
@@ -104,8 +110,7 @@ class Observed:
 
     def _take(self, recorder: Recorder, number: int, gate: Any, scores: list[Tensor]) -> None:
         old = recorder.taps[number]
-        new = Tap(gate, old.decoding, old.part)
-        new.seen = old.seen
+        new = Tap(gate, old.decoding, old.part, seen=old.seen, pull=old.pull)
         for logits in scores:
             with torch.enable_grad():
                 weight = gate.weight

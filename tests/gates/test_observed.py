@@ -268,3 +268,22 @@ def test_what_contradicts_and_cannot_be_corrected_is_said() -> None:
         warnings.simplefilter("error")
         MoEHandle.of(model).loss()
         model(torch.randn(32, 16))
+
+
+@pytest.mark.parametrize("style", ["linear", "normed", "capped", "cosine"])
+def test_delivery_at_the_step_goes_on_with_a_corrected_gate(style: str) -> None:
+    torch.manual_seed(0)
+    model = Mixture(style, "gate" if style == "linear" else "w_gate")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrap_moe(model, optimizer, penalty_coef=1.0, balance_coef=1.0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model(torch.randn(32, 16)).square().mean().backward()
+            matrix = next(p for name, p in model.named_parameters() if "gate" in name and p.ndim == 2)
+            before = matrix.grad.clone()
+            optimizer.step()
+            assert (matrix.grad - before).norm() > 0
+            optimizer.zero_grad()
+    # where logits are not W x + b the weight is penalised, and the balance is told to be left out
+    assert any("its balance is not" in str(one.message) for one in told) == (style != "linear")

@@ -77,7 +77,8 @@ class Observed:
             recorder.advice.say(
                 "unwatched",
                 f"the first training forward could not be watched ({type(trace.failed).__name__}: {trace.failed}), so "
-                "gates are read as print(handle) says, unconfirmed; see that it is right, or give Gate objects with probs=function",
+                "gates are read as print(handle) says, unconfirmed; see that it is right, or give Gate objects with "
+                "probs=function",
             )
         doubtful: dict[str, list[str]] = defaultdict(list)
         for number, tap in enumerate(recorder.taps):

@@ -69,8 +69,8 @@ CHECKS = {
     f"{engine}-{mode}-{accumulation}-{'sync' if sync else 'alone'}": partial(
         check, engine=engine, mode=mode, accumulation=accumulation, sync=sync
     )
-    for engine, mode, accumulation, sync in itertools.product(
-        ("ddp", "layer", "gate", "root"), ("none", "nonreentrant", "reentrant"), (1, 3), (True, False)
+    for engine, mode, (accumulation, sync) in itertools.product(
+        ("ddp", "layer", "gate", "root"), ("none", "nonreentrant", "reentrant"), ((1, True), (1, False), (3, True))
     )
 }
 CHECKS["no loss in the output"] = partial(check, engine="ddp", with_loss=False)

@@ -87,6 +87,9 @@ class Recorder(Objective):
             mine.taps = [Tap(copy.copy(tap.gate), tap.decoding, tap.part, tap.padding) for tap in self.taps]
             mine.gates = [tap.gate for tap in mine.taps]
             mine.step = Step(mine.taps)
+            mine.observed = Observed()
+            # not watched: replicas share their hooks, and others are on their way through them
+            mine.observed.done = set(range(len(self.parts)))
             unwatch(mine)
         return mine
 

@@ -6,15 +6,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from examples.image_classification.report import markdown
 from examples.shared.runs import interval
-from examples.shared.storage import write_atomically
 
-from .report import Rows, cell
+from .report import Rows, cell, publish
 from .summary import Curve, Part, Scalars, adaptation, at_equal_gain, difference, finite, when
 
 # label, name, format
@@ -87,16 +81,7 @@ def write(results: dict[str, Any], out: Path) -> None:
     if results["differences"]:
         rows = table_rows(results["differences"], True)
         tables.append(("Differences to none, paired by seed", rows, list(results["differences"])))
-    console = Console()
-    for heading, rows, columns in tables:
-        table = Table("", *columns, title=escape(heading), title_justify="left")
-        for label, cells in rows:
-            table.add_row(escape(label), *cells)
-        console.print(table)
-    console.print(footnote(results), soft_wrap=True, highlight=False, markup=False)
-    text = "\n".join(f"#### {heading}\n\n{markdown(rows, columns)}" for heading, rows, columns in tables)
-    text += f"\n{footnote(results)}\n"
-    write_atomically(out / "tables.md", lambda path: path.write_text(text, encoding="utf-8"))
+    publish(tables, footnote(results), out, "####")
 
 
 def table_rows(arms: dict[str, dict[str, Any]], signed: bool) -> Rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,20 @@ def write(results: dict[str, Any], out: Path) -> None:
         if of_reference:
             heading = f"Differences to {reference}, paired by seed"
             titled.append((heading, difference_rows(results, of_reference), list(of_reference)))
+    publish(titled, footnote(results), out, "###")
+
+
+def publish(titled: Sequence[tuple[str, Rows, list[str]]], note: str, out: Path, level: str) -> None:
+    """Print tables with a note below, and write them to tables.md under headings of this level."""
     console = Console()
     for heading, rows, columns in titled:
         table = Table("", *columns, title=escape(heading), title_justify="left")
         for label, cells in rows:
             table.add_row(escape(label), *cells)
         console.print(table)
-    console.print(footnote(results), soft_wrap=True, highlight=False, markup=False)
-    text = "\n".join(f"### {heading}\n\n{markdown(rows, columns)}" for heading, rows, columns in titled)
-    text += f"\n{footnote(results)}\n"
+    console.print(note, soft_wrap=True, highlight=False, markup=False)
+    text = "\n".join(f"{level} {heading}\n\n{markdown(rows, columns)}" for heading, rows, columns in titled)
+    text += f"\n{note}\n"
     write_atomically(out / "tables.md", lambda path: path.write_text(text, encoding="utf-8"))
 
 

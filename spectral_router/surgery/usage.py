@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._sharding import whole
 from ..gates.gate import Gate
-from ..wrap.delivery import argument_names, by_name, token_mask
+from ..wrap.delivery import argument_names, by_name, layout_of, token_mask
 from .choice import Choice, choice_by_score, choice_in, stated_top_k
 from .experts import expert_modules, experts_of
 from .layout import seen_top_k
@@ -60,7 +60,7 @@ class Tally:
         self.flush()
         scores = whole(self.gate.read(args, kwargs, output)).detach()
         self.scores = scores.reshape(-1, scores.shape[-1])
-        self.layout = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), scores).shape
+        self.layout = layout_of(args, kwargs, scores)
         if self.experts:  # else the module is the whole block
             self.look(output)
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from .._precision import autocasting, full_precision
 from .._sharding import whole
 from ..gates.gate import first_tokens
-from .delivery import own_mask, token_mask
+from .delivery import layout_of, own_mask, token_mask
 from .optimizer import subtract_
 from .step import Call, Pull, Tap
 from .step_penalty import add_penalty_, penalty_gradients
@@ -75,7 +75,7 @@ class AtStep:
             )
         recorder, gate = self.recorder, tap.gate
         tap.seen = True
-        layout = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), tap.pull.weight).shape
+        layout = layout_of(args, kwargs, tap.pull.weight)
         mask = own_mask(tap.padding, args, kwargs)
         rough = autocasting(tap.pull.weight.device)
         # what is saved for backward here is none of the business of checkpoints and offloading
@@ -176,11 +176,12 @@ class AtStep:
             step.fate = "goes to the gates' gradients at the optimizer's step"
         self.steps += 1
         scale = getattr(self.optimizer, "grad_scale", None)  # a fused optimizer takes the loss scale off itself
+        owned = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         weights, biases = self._balance_gradients()
         if (
             not self.decoupled
             and self.steps % self.every == 0
-            and (scale is not None or not add_penalty_(recorder, self._owned(), self.every))
+            and (scale is not None or not add_penalty_(recorder, owned, self.every))
         ):
             for number, slope in penalty_gradients(recorder, self.every).items():
                 weights[number] = weights[number] + slope if number in weights else slope
@@ -188,10 +189,7 @@ class AtStep:
             bias = biases.get(number)
             if scale is not None:
                 slope, bias = slope * scale, None if bias is None else bias * scale
-            add_to_gradients(recorder.gates[number], slope, bias, self._owned())
-
-    def _owned(self) -> set[int]:
-        return {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+            add_to_gradients(recorder.gates[number], slope, bias, owned)
 
     def _balance_gradients(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         recorder = self.recorder

@@ -103,6 +103,17 @@ def own_mask(position: int | None, args: tuple[Any, ...], kwargs: Mapping[str, A
     return padding.logical_not() if isinstance(padding, Tensor) else None
 
 
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What a module was called with."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def layout_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], without: Tensor) -> torch.Size:
+    """The shape of that tensor, as `token_mask` asks for it; of `without` where there is none."""
+    given = first_tensor(args, kwargs)
+    return (without if given is None else given).shape
+
+
 def token_mask(
     arguments: Mapping[str, Any], decoding: bool, probs: Tensor, layout: torch.Size, own: Tensor | None = None
 ) -> Tensor | None:

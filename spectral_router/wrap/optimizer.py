@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..gates.gate import Gate
+from .weights import leaves_of
 
 
 def check_optimizer(gates: list[Gate], model: nn.Module, optimizer: Any) -> torch.optim.Optimizer:
@@ -31,11 +32,6 @@ def check_optimizer(gates: list[Gate], model: nn.Module, optimizer: Any) -> torc
             "the parameters of the wrapped model, as it is now (after PEFT and sharding)"
         )
     return optimizer
-
-
-def leaves_of(gate: Gate) -> list[nn.Parameter]:
-    modules = [gate.owner] + ([] if gate.adapter is None else [gate.adapter])
-    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
 
 def subtract_(parameter: Tensor, change: Tensor, seed: int) -> None:

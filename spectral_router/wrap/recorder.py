@@ -16,7 +16,17 @@ from .advice import Advice
 from .arrival import followed, number_of
 from .at_step import AtStep
 from .checkpointing import run_again, stand_in
-from .delivery import argument_names, by_name, loss_of, own_mask, padding_position, share_of_step, with_loss
+from .delivery import (
+    argument_names,
+    by_name,
+    first_tensor,
+    layout_of,
+    loss_of,
+    own_mask,
+    padding_position,
+    share_of_step,
+    with_loss,
+)
 from .objective import Objective
 from .observed import Observed
 from .step import Call, Step, Tap
@@ -122,7 +132,7 @@ class Recorder(Objective):
         with_graph = torch.is_grad_enabled()
         if not (self.attached and module.training and (self.step.open or with_graph)):
             return None
-        given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+        given = first_tensor(args, kwargs)
         again: bool | None = False
         if self.step.open and given is not None and not torch.compiler.is_compiling():
             again = tap.again(given, with_graph or self.at_step is not None)
@@ -146,7 +156,7 @@ class Recorder(Objective):
             weight = gate.weight
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 weight = whole(weight).clone()  # sharding engines free it after the module's forward
-        layout = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), weight).shape
+        layout = layout_of(args, kwargs, weight)
         # an adapter that is switched off leaves W frozen; one that was put on after wrapping is not known here
         if not (trainable(gate) and (weight.requires_grad or hasattr(gate.owner, "parametrizations"))):
             if self.step.open:

@@ -57,15 +57,16 @@ def trainable(gate: Gate) -> bool:
     return gate.matrix.requires_grad
 
 
+def leaves_of(gate: Gate) -> list[nn.Parameter]:
+    """The learning parameters that a gate's weight and bias can be made of, each once."""
+    modules = [gate.owner] + ([] if gate.adapter is None else [gate.adapter])
+    own = (parameter for module in modules for parameter in module.parameters() if parameter.requires_grad)
+    return list(dict.fromkeys(own))
+
+
 def sources(gate: Gate, slope: Tensor, bias: Tensor | None) -> list[tuple[nn.Parameter, Tensor]]:
     """The parameters that a gate's effective weight (and bias) is made of, each with its part of a gradient of these."""
-    own: dict[nn.Parameter, None] = {}
-    for module in (gate.owner, gate.adapter):
-        if module is not None:
-            own |= dict.fromkeys(parameter for parameter in module.parameters() if parameter.requires_grad)
-    if isinstance(gate.matrix, nn.Parameter) and gate.matrix.requires_grad:
-        own[gate.matrix] = None
-    leaves = list(own)
+    leaves = leaves_of(gate)
     if not leaves:
         return []
     with torch.enable_grad():

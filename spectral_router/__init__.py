@@ -29,7 +29,7 @@ from .penalties import (
 )
 from .routing import Controller, PrototypeRouter, RouterOutput, rescue_collapsed_, route
 from .surgery import ExpertPath, experts_of, load_delta, surgical
-from .wrap import MoEHandle, wrap_moe
+from .wrap import MoEHandle, gate_param_groups, wrap_moe
 
 if TYPE_CHECKING:
     from .report import compare_checkpoints, inspect_checkpoint
@@ -58,6 +58,7 @@ __all__ = [
     "experts_of",
     "find_gates",
     "functional",
+    "gate_param_groups",
     "inspect_checkpoint",
     "load_delta",
     "penalize",

@@ -6,5 +6,6 @@ In come a model and two callables, out goes a `MoEHandle`: the term in the loss,
 
 from .attach import wrap_moe
 from .handle import MoEHandle
+from .param_groups import gate_param_groups
 
-__all__ = ["MoEHandle", "wrap_moe"]
+__all__ = ["MoEHandle", "gate_param_groups", "wrap_moe"]

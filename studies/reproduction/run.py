@@ -5,11 +5,8 @@ A run that is done is a file in OUT/parts; what is left of a killed one is its m
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +24,17 @@ from examples.shared.progress import bars, console
 from examples.shared.runs import versions
 from examples.shared.storage import read_json, write_json
 from studies.oneshot.stacked import adapt_stacked
+from studies.queue import Record, file_of, finish, records, same
 
 from . import choice
 from .protocol import STAGES, Protocol, Run, Settings, runs
 
-WAIT = 3.0  # seconds between looks at what other processes have still to finish
 PICTURED = 3  # seeds whose table of paths is kept
-Record = dict[str, Any]
 
 
 def study(protocol: Protocol, places: dict[str, str], out: Path, stages: tuple[str, ...] = STAGES, only: str = "") -> None:
     """Do what is left of the stages, in their order; of their runs those whose name contains `only`."""
-    _same(out / "protocol.json", protocol, "--out must be of one protocol")
+    same(out / "protocol.json", protocol, "--out must be of one protocol")
     images = Images(out)
     found = False
     with bars() as progress:
@@ -52,27 +48,9 @@ def study(protocol: Protocol, places: dict[str, str], out: Path, stages: tuple[s
                 raise
             wanted = [one for one in runs(protocol, stage, places, arms) if only in one.name]
             found = found or bool(wanted)
-            _finish(wanted, stage, images, out, progress)
+            finish(wanted, stage, out, progress, lambda one: _do(one, images, out, progress))
     if not found:
         raise ExperimentError(f"--only must be part of the name of a run, got {only}" if only else "there is nothing to run")
-
-
-def _finish(wanted: list[Run], stage: str, images: Images, out: Path, progress: Progress) -> None:
-    """Until all runs are there: do those that nobody is at, also what a process that died has left."""
-    task = progress.add_task(stage, total=len(wanted), note="")
-    while missing := [one for one in wanted if not _file(out, one).exists()]:
-        idle = True
-        for one in missing:
-            with claim(out, one) as mine:
-                if mine:
-                    idle = False
-                    progress.update(task, note=one.name)
-                    _do(one, images, out, progress)
-            progress.update(task, completed=sum(_file(out, other).exists() for other in wanted))
-        if idle:
-            progress.update(task, note="waiting for other processes")
-            time.sleep(WAIT)
-    progress.remove_task(task)
 
 
 def _arms(protocol: Protocol, stage: str, places: dict[str, str], out: Path) -> dict[str, Settings] | None:
@@ -95,50 +73,9 @@ class MissingRunsError(ExperimentError):
 
 
 def _all(wanted: list[Run], out: Path) -> list[Record]:
-    if missing := [one.name for one in wanted if not _file(out, one).exists()]:
+    if missing := [one.name for one in wanted if not file_of(out, one).exists()]:
         raise MissingRunsError(f"it needs {len(missing)} runs of the stage before it, the first {missing[0]}; do those first")
-    return [read_json(_file(out, one)) for one in wanted]
-
-
-def _same(file: Path, value: Any, rule: str) -> None:
-    """Keep `value` in the file, or make sure that it is what the file has."""
-    if not file.exists():
-        write_json(file, value)
-    elif read_json(file) != value:
-        raise ExperimentError(f"{rule}, got another one than in {file}; choose another --out, or delete that folder")
-
-
-def records(out: Path) -> list[Record]:
-    """All that is saved, sorted by name."""
-    return [read_json(file) for file in sorted((out / "parts").glob("*.json"))]
-
-
-def _file(out: Path, one: Run) -> Path:
-    return out / "parts" / f"{one.name}.json"
-
-
-@contextlib.contextmanager
-def claim(out: Path, one: Run) -> Iterator[bool]:
-    """Whether this process is the one to do the run. The claim ends with the process, however that ends."""
-    if _file(out, one).exists():
-        yield False
-        return
-    lock = out / "locks" / one.name
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as handle:
-        yield _lock(handle.fileno()) and not _file(out, one).exists()
-
-
-def _lock(descriptor: int) -> bool:
-    if os.name != "posix":  # without locks one process works alone
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    return [read_json(file_of(out, one)) for one in wanted]
 
 
 class Images:
@@ -155,7 +92,7 @@ class Images:
             data = read(config)
             self._read[key] = move(data, config.resolved_device()), digest(data)
             name = f"{Path(config.data).name}-{config.image_size}"
-            _same(
+            same(
                 self._out / "images" / f"{name}.json", self._read[key][1], "--photos must be the images that --out began with"
             )
         return self._read[key]
@@ -169,7 +106,7 @@ def _do(one: Run, images: Images, out: Path, progress: Progress) -> None:
     started = time.perf_counter()
     trained = train(one.config, one.config.routers[0], one.seed, data, chosen, checkpoint, lambda row: progress.advance(task))
     progress.remove_task(task)
-    write_json(_file(out, one), record(one, trained, data, chosen, fingerprint, time.perf_counter() - started))
+    write_json(file_of(out, one), record(one, trained, data, chosen, fingerprint, time.perf_counter() - started))
     checkpoint.unlink(missing_ok=True)
     console.print(f"done: {one.name}", markup=False, highlight=False)
 

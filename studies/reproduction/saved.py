@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from examples.shared.command import ExperimentError
-from examples.shared.storage import write_atomically
+from studies import saved
+from studies.saved import Results, write
 
 from .protocol import Protocol
 
+__all__ = ["RESULTS", "Results", "gather", "read", "write"]
+
 RESULTS = Path(__file__).with_name("results.json")
-DIGITS = 5  # significant ones: an accuracy is a count out of at most 960 images
 Record = dict[str, Any]
-Results = dict[str, Any]
 COMMON = ("config", "data", "versions", "device")
 
 
@@ -30,33 +30,12 @@ def gather(protocol: Protocol, records: list[Record]) -> Results:
         "versions": _distinct([record["versions"] for record in records]),
         "devices": _distinct([record["device"] for record in records]),
         "data": data,
-        "runs": [_rounded({key: value for key, value in record.items() if key not in COMMON}) for record in records],
+        "runs": [{key: value for key, value in record.items() if key not in COMMON} for record in records],
     }
 
 
-def write(results: Results, path: Path) -> None:
-    """One line a run: small, and a difference shows which run it is of. The protocol keeps its order, which names arms."""
-    parts = {key: json.dumps(value, sort_keys=key != "protocol") for key, value in results.items() if key != "runs"}
-    lines = ",\n".join(json.dumps(run, sort_keys=True, separators=(",", ":")) for run in results["runs"])
-    head = ",\n".join(f'"{key}": {value}' for key, value in parts.items())
-    text = "{" + head + ',\n"runs": [\n' + lines + "\n]}\n"
-    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
-
-
 def read(path: Path = RESULTS) -> Results:
-    try:
-        results: Results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExperimentError(f"--results must be a file that `run` wrote, got {path}: {error}") from None
-    return results
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+    return saved.read(path)
 
 
 def _distinct(values: list[Any]) -> list[Any]:

@@ -14,7 +14,7 @@ from examples.shared.progress import console
 from examples.shared.runs import prepare, versions
 from examples.shared.storage import read_json, write_json
 from examples.transformer_moe import data, model
-from examples.transformer_moe.config import SCOPES, Config, processes
+from examples.transformer_moe.config import ARMS, SCOPES, Config, processes
 from examples.transformer_moe.data import Text
 from examples.transformer_moe.study import FREE, phases
 from examples.transformer_moe.train import Run, fit
@@ -24,7 +24,11 @@ from . import report
 SET_HERE = ("adapt_domain", "adapt_scope", "model")
 DEFAULTS = {
     "seeds": 5,
-    "arms": ["none", "both"],
+    "arms": list(ARMS),
+    "sequence": 64,
+    "dim": 64,
+    "hidden": 64,
+    "steps": 300,
     "adapt_evaluations": 12,
     "evaluations": 1,
     "validation_windows": 16,

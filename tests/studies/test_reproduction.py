@@ -10,6 +10,7 @@ import pytest
 
 from examples.image_classification.config import Config
 from examples.shared.command import ExperimentError
+from studies import queue
 from studies.reproduction import choice, protocol, run, saved
 from studies.reproduction.__main__ import main
 
@@ -167,7 +168,7 @@ def test_the_study_runs_is_shared_and_goes_on(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     # what another process has claimed is left to it
     first = protocol.runs(protocol.read(tiny), "main", {})[0]
-    with run.claim(out, first) as mine, run.claim(out, first) as again:
+    with queue.claim(out, first) as mine, queue.claim(out, first) as again:
         assert mine
         assert not again
     command = ["run", "--protocol", str(tiny), "--out", str(out)]
@@ -209,9 +210,9 @@ def test_a_run_alone_gives_what_it_gave_among_others(tiny, tmp_path):
 def test_what_a_process_that_died_has_left_is_done(tiny, tmp_path, monkeypatch):
     """A run that was claimed when its turn came, and whose owner is gone when nothing else is left."""
     out, wanted = tmp_path / "out", protocol.runs(protocol.read(tiny), "main", {})
-    owner = run.claim(out, wanted[0])
+    owner = queue.claim(out, wanted[0])
     assert owner.__enter__()
-    monkeypatch.setattr(run.time, "sleep", lambda seconds: owner.__exit__(None, None, None))
+    monkeypatch.setattr(queue.time, "sleep", lambda seconds: owner.__exit__(None, None, None))
     assert main(["run", "--protocol", str(tiny), "--out", str(out), "--stages", "main"]) == 0
     assert len(list((out / "parts").iterdir())) == len(wanted)
 

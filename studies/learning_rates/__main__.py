@@ -1,0 +1,61 @@
+"""`python -m studies.learning_rates run` and `python -m studies.learning_rates page`"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from examples.shared.command import ExperimentError, finish, parser
+
+from . import page, protocol, saved, study
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    flags = parser("python -m studies.learning_rates", "Learning rates and what holds the router: the runs, and their page.")
+    commands = flags.add_subparsers(dest="command", required=True)
+    running = commands.add_parser(
+        "run",
+        allow_abbrev=False,
+        description="Do what is left of the protocol's runs and write results.json in --out. Started several times with the "
+        "same --out, the processes share the runs. Stopped, the same command goes on.",
+    )
+    running.add_argument("--protocol", type=Path, default=protocol.PROTOCOL, help="default: %(default)s")
+    running.add_argument("--out", type=Path, default=Path("runs/learning_rates"), help="results (default: %(default)s)")
+    running.add_argument("--stages", nargs="+", default=study.STAGES, choices=study.STAGES, help="default: all")
+    running.add_argument("--models", nargs="+", default=[], help="only these of the protocol's (default: all)")
+    running.add_argument("--seeds", type=int, default=0, help="only so many test seeds (default: all)")
+    running.add_argument("--saved", action="store_true", help="begin with the runs that are saved in the repository")
+    showing = commands.add_parser("page", allow_abbrev=False, description="Make docs/learning_rates.md from saved results.")
+    showing.add_argument("--results", type=Path, default=saved.RESULTS, help="default: %(default)s")
+    showing.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the documentation (default: %(default)s)")
+    return flags.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = parse(arguments)
+    return finish(lambda: _run(given) if given.command == "run" else _page(given), resumes="")
+
+
+def _run(given: argparse.Namespace) -> str:
+    plan = protocol.read(given.protocol)
+    for name in given.models:
+        if name not in plan["models"]:
+            raise ExperimentError(f"--models must be any of {', '.join(plan['models'])}, got {name}")
+    if given.seeds < 0:
+        raise ExperimentError(f"--seeds must be at least 0, got {given.seeds}")
+    if given.saved:
+        saved.unpack(saved.read(saved.RESULTS), given.out)
+    stages = tuple(stage for stage in study.STAGES if stage in given.stages)
+    study.study(plan, given.out, stages, tuple(given.models), given.seeds)
+    path = given.out / "results.json"
+    saved.write(study.gather(plan, given.out), path)
+    return f"results: {path}"
+
+
+def _page(given: argparse.Namespace) -> str:
+    return "written: " + ", ".join(str(file) for file in page.write(saved.read(given.results), given.docs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

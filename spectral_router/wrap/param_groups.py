@@ -77,7 +77,7 @@ def gate_param_groups(
 
 
 def made_of(gate: Gate) -> list[nn.Parameter]:
-    """The learning parameters that the gate's weight and bias are made of; of a raw parameter in a block not the block's others."""
+    """The learning parameters that the gate's weight and bias are made of, none that only lie beside them."""
     bias = getattr(gate.owner, "bias", None)
     found = [bias] if isinstance(bias, nn.Parameter) and bias.requires_grad and bias.shape == (gate.num_experts,) else []
     leaves = leaves_of(gate)

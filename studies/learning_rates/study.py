@@ -23,7 +23,9 @@ from .train import train
 STAGES = ("tuning", "test")
 
 
-def study(protocol: Protocol, out: Path, stages: tuple[str, ...] = STAGES, models: tuple[str, ...] = (), seeds: int = 0) -> None:
+def study(
+    protocol: Protocol, out: Path, stages: tuple[str, ...] = STAGES, models: tuple[str, ...] = (), seeds: int = 0
+) -> None:
     """Do what is left of the stages, for some models (none: all) and for the first test seeds (0: all)."""
     same(out / "protocol.json", protocol, "--out must be of one protocol")
     texts = Texts(protocol, out)

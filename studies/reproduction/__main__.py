@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from examples.shared.command import ExperimentError, finish, parser
+from studies.queue import records
 
 from . import page, protocol, run, saved
 
@@ -48,7 +49,7 @@ def _run(given: argparse.Namespace) -> str:
     stages = tuple(stage for stage in protocol.STAGES if stage in given.stages)
     run.study(plan, places, given.out, stages, given.only)
     path = given.out / "results.json"
-    saved.write(saved.gather(plan, run.records(given.out)), path)
+    saved.write(saved.gather(plan, records(given.out)), path)
     return f"results: {path}"
 
 

@@ -24,7 +24,7 @@ from examples.shared.progress import bars, console
 from examples.shared.runs import versions
 from examples.shared.storage import read_json, write_json
 from studies.oneshot.stacked import adapt_stacked
-from studies.queue import Record, file_of, finish, records, same
+from studies.queue import Record, file_of, finish, same
 
 from . import choice
 from .protocol import STAGES, Protocol, Run, Settings, runs
@@ -92,9 +92,7 @@ class Images:
             data = read(config)
             self._read[key] = move(data, config.resolved_device()), digest(data)
             name = f"{Path(config.data).name}-{config.image_size}"
-            same(
-                self._out / "images" / f"{name}.json", self._read[key][1], "--photos must be the images that --out began with"
-            )
+            same(self._out / "images" / f"{name}.json", self._read[key][1], "--photos must be the images that --out began with")
         return self._read[key]
 
 

@@ -1,0 +1,164 @@
+"""docs/learning_rates.md, its picture and the page of its tables. Every sentence with a number is made here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from examples.shared import figures as pictures
+from examples.shared.command import ExperimentError
+from examples.shared.runs import interval
+from examples.shared.storage import write_atomically
+from studies.reproduction.cells import chance, table
+from studies.saved import Results
+
+from . import claims, figures
+from .claims import REFUTED, SHOWN, Test
+from .results import BASE, OUTCOMES, Arms, Outcome
+
+PAGE, TABLES = "learning_rates.md", "learning_rates_tables.md"
+LOSSES = ("best", "twice", "four times", "sensitivity")
+COMMAND = "python -m studies.learning_rates"
+
+
+def write(results: Results, docs: Path) -> list[Path]:
+    if not figures.models(results):
+        raise ExperimentError("--results must hold one whole test seed at least, got none; do more runs first")
+    drawn = pictures.save(figures.FIGURES, results, docs / "images")
+    files = []
+    for name, text in ((PAGE, page(results)), (TABLES, tables(results))):
+        write_atomically(docs / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        files.append(docs / name)
+    return files + drawn
+
+
+def page(results: Results) -> str:
+    every = [Arms(results, model) for model in figures.models(results)]
+    parts = [
+        "<!-- made by `python -m studies.learning_rates page`; change studies/learning_rates/page.py -->",
+        "# Learning rates",
+        "Does a router that is held back stand higher learning rates, and is it the spectrum that matters?\n"
+        f"{_setting(every)} The protocol (`studies/learning_rates/study.toml`) was fixed before the test runs.",
+        f"![Validation loss against the learning rate, an arm a curve](images/learning_rates.png)\n\n{_caption()}",
+        *(answer(arms) for arms in every),
+        "## What to do with it\n\n" + advice(every),
+        "## Arms\n\n" + arms_table(results, every),
+        f"All outcomes, all rates: [tables](learning_rates_tables.md). Made by `{COMMAND} run` and `{COMMAND} page`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def answer(arms: Arms) -> str:
+    """Three sentences: at the best rate, above it, and what survives."""
+    tests = claims.all_tests(arms)
+    head = f"## {arms.model}: {len(arms.seeds)} seeds"
+    lines = []
+    for outcome in OUTCOMES[:4]:
+        found = tests[outcome.name]
+        better = sorted((t for t in found.values() if t.verdict == SHOWN), key=_mean)
+        worse = [t for t in found.values() if t.verdict == REFUTED]
+        text = f"**{outcome.says[0].upper()}{outcome.says[1:]}.** "
+        text += (
+            f"Shown to be lower than without anything: {_list(better, outcome)}." if better else "No arm is shown to be lower."
+        )
+        if worse:
+            text += f" Shown to be higher: {_list(worse, outcome)}."
+        text += f" Claim that survives: {claims.survives(arms, outcome.name)}."
+        lines.append(f"- {text}")
+    dead = {arm: interval(list(arms.outcome(arm, "dead").values()))["mean"] for arm in arms.arms}
+    lines.append(
+        f"- **Dead experts** at the best rate, of {arms.experts}: none {dead[BASE]:.1f}; "
+        + "; ".join(f"{arm} {dead[arm]:.1f}" for arm in sorted(dead, key=dead.__getitem__)[:4])
+        + "."
+    )
+    return "\n".join([head, "", *lines])
+
+
+def advice(every: list[Arms]) -> str:
+    """By the same rule whatever the results: what is shown on sensitivity or at the best rate in every model."""
+    shown: dict[str, set[str]] = {}
+    for name in LOSSES:
+        by_model = [{a for a, t in claims.against_none(arms, name).items() if t.verdict == SHOWN} for arms in every]
+        shown[name] = set.intersection(*by_model)
+    rows = [
+        f"- {next(o.says for o in OUTCOMES if o.name == name)}: "
+        + (", ".join(sorted(found)) if found else "nothing is shown in every model")
+        for name, found in shown.items()
+    ]
+    return "Shown to be lower than without anything in every model of the study:\n\n" + "\n".join(rows)
+
+
+def arms_table(results: Results, every: list[Arms]) -> str:
+    head = ["arm", "what it is", *(f"strength, {arms.model}" for arms in every)]
+    rows = [
+        [arm, settings["says"], *(f"{arms.strength(arm):g}" if "strengths" in settings else "–" for arms in every)]
+        for arm, settings in results["protocol"]["arms"].items()
+        if all(arm in arms.arms for arms in every)
+    ]
+    return table(head, rows)
+
+
+def tables(results: Results) -> str:
+    parts = ["---\nsearch:\n  exclude: true\n---\n\n# Learning rates: tables", f"From saved runs, by `{COMMAND} page`."]
+    for model in figures.models(results):
+        arms = Arms(results, model)
+        tests = claims.all_tests(arms)
+        head = ["arm", "best rate", *(outcome.says for outcome in OUTCOMES)]
+        rows = [[arm, f"{arms.best_rate(arm):g}", *(_level(arms, arm, outcome) for outcome in OUTCOMES)] for arm in arms.arms]
+        parts.append(f"## {model}, {len(arms.seeds)} seeds\n\n### Levels\n\n{table(head, rows)}")
+        rows = [
+            [arm, *(_difference(tests[outcome.name][arm], outcome) for outcome in OUTCOMES)] for arm in arms.arms if arm != BASE
+        ]
+        head = ["arm", *(outcome.says for outcome in OUTCOMES)]
+        parts.append(f"### Difference to none, p after Holm, verdict\n\n{table(head, rows)}")
+        head = ["arm", *(f"rate {rate:g}" for rate in arms.rates), "diverged"]
+        rows = [
+            [arm, *(_spread(list(arms.values(arm, rate).values()), ".3f") for rate in arms.rates), str(arms.diverged(arm))]
+            for arm in arms.arms
+        ]
+        parts.append(f"### Loss at every rate, nats/byte\n\n{table(head, rows)}")
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    parts.append(f"Mean ± half-width of the 95 % interval over the seeds (Student's t). {versions}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _setting(every: list[Arms]) -> str:
+    seeds = " and ".join(f"{len(arms.seeds)} on {arms.model}" for arms in every)
+    first = every[0]
+    return (
+        f"Small language models, {len(first.rates)} rates from {first.rates[0]:g} to {first.rates[-1]:g}, {len(first.arms)} "
+        f"arms, each with its one strength tuned alike on seeds of its own; seeds: {seeds}."
+    )
+
+
+def _caption() -> str:
+    drawn = ", ".join(arm for arm in figures.DRAWN)
+    return f"*Coloured: {drawn}. Grey: the other arms. Lower is better; flat to the right is robust.*"
+
+
+def _mean(test: Test) -> float:
+    return test.difference.mean if test.difference else 0.0
+
+
+def _list(tests: list[Test], outcome: Outcome) -> str:
+    return ", ".join(f"{test.arm} {_mean(test):+{outcome.form}} ± {_half(test):{outcome.form}}" for test in tests)
+
+
+def _half(test: Test) -> float:
+    return (test.difference.half or 0.0) if test.difference else 0.0
+
+
+def _level(arms: Arms, arm: str, outcome: Outcome) -> str:
+    return _spread(list(arms.outcome(arm, outcome.name).values()), outcome.form)
+
+
+def _spread(values: list[float], form: str) -> str:
+    if not values:
+        return "beyond the rates"
+    found = interval(list(values))
+    return f"{found['mean']:{form}}" + ("" if found["ci95"] is None else f" ± {found['ci95']:{form}}")
+
+
+def _difference(test: Test, outcome: Outcome) -> str:
+    if test.difference is None:
+        return "beyond the rates"
+    return f"{_mean(test):+{outcome.form}} ± {_half(test):{outcome.form}}, {chance(test.p)}, {test.verdict}"

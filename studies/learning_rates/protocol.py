@@ -15,6 +15,7 @@ else:
     import tomli as tomllib
 
 PROTOCOL = Path(__file__).with_name("study.toml")
+UNUSED = {"report_to": ["none"], "evaluations": 1, "adapt_steps": 0}  # there is one measurement, at the end
 Protocol = dict[str, Any]
 Strengths = dict[str, dict[str, float]]  # model -> arm -> the one that was chosen
 
@@ -47,7 +48,7 @@ def read(path: Path = PROTOCOL) -> Protocol:
 
 def config_of(protocol: Protocol, model: str) -> Config:
     try:
-        return Config(**protocol["settings"] | protocol["models"][model] | {"report_to": ["none"]})
+        return Config(**protocol["settings"] | protocol["models"][model] | UNUSED)
     except TypeError as error:
         raise ExperimentError(f"--protocol may set the flags of examples.transformer_moe only: {error}") from None
 

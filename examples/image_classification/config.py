@@ -84,6 +84,7 @@ class Config:
     epochs: int = flag(12, "epochs of training; the last epoch's model is used")
     batch_size: int = flag(64, "images a step")
     lr: float = flag(1e-3, "learning rate of training, Adam")
+    gate_lr_scale: float = flag(1.0, "the gates' learning rate, in parts of --lr; 0 leaves them as they are drawn")
 
     scope: str = flag("all", "what a one-shot update may change: all, experts, path (the novel image's winning experts)")
     oneshot_optimizer: str = flag("adam", "adam or sgd")
@@ -109,7 +110,7 @@ class Config:
         for name in ("lr", "oneshot_lr", "bias_rate"):
             value = getattr(self, name)
             require(0 < value < float("inf"), name, "a finite number above 0", value)
-        for name in ("alpha", "beta", "bound"):
+        for name in ("alpha", "beta", "bound", "gate_lr_scale"):
             require(0 <= getattr(self, name) < float("inf"), name, "a finite number of at least 0", getattr(self, name))
         choices = {
             "scope": ("all", "experts", "path"),

@@ -43,6 +43,7 @@ def _rank(config: Config) -> nn.Module:
 PENALTIES: dict[str, Callable[[Config], nn.Module]] = {
     "rank": _rank,  # SR-MoE, equations 3 + 5
     "norm": lambda config: SpectralNormPenalty(),  # Yoshida & Miyato 2017
+    "sigma": lambda config: SpectralNormPenalty(1, solver="exact"),  # equation 3 alone
     "lewandowski": lambda config: SpectralNormPenalty(1, power=2),
     "mhe": lambda config: HypersphericalEnergyPenalty(),
     "mhe-half": lambda config: HypersphericalEnergyPenalty(half_space=True),

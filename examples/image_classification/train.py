@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.shared.storage import load_checkpoint, save_checkpoint
+from spectral_router import gate_param_groups
 
 from .config import Config
 from .data import ImageSet, Split, as_float, augment, to_layout
@@ -46,7 +47,10 @@ def train(
     """Train, or go on from `checkpoint`. Batches depend on seed and epoch alone: on the CPU both end in the same weights."""
     device = data.images.device
     model, objective = build(config, router, seed, data, device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    parameters: Any = model.parameters()
+    if config.gate_lr_scale != 1:
+        parameters = gate_param_groups(model, config.lr, gate_lr_scale=config.gate_lr_scale)
+    optimizer = torch.optim.Adam(parameters, lr=config.lr, fused=True)
     history: list[dict[str, Any]] = []
     if checkpoint.exists():
         state = load_checkpoint(checkpoint, device)

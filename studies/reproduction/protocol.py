@@ -92,7 +92,7 @@ def _cells(protocol: Protocol, stage: str, arms: dict[str, Settings] | None) -> 
             for arm, settings in of_stage["arms"].items()
         }
     assert arms is not None
-    phase = of_stage.get("phase", protocol["sweep"]["phase"])
+    phase = of_stage.get("phase") or protocol["sweep"]["phase"]
     for seed in range(first, first + count):
         for name, settings in arms.items():
             yield phase, seed, name, settings

@@ -137,9 +137,8 @@ def record(one: Run, trained: Trained, data: ImageSet, chosen: Split, fingerprin
         "task": [row["task"] for row in trained.history],
         "oneshot": [],
     }
-    for rule, of_rule in zip(
-        one.rules, adapt_stacked(one.config, one.seed, trained, data, chosen, one.rules, one.within), strict=True
-    ):
+    asked = adapt_stacked(one.config, one.seed, trained, data, chosen, one.rules, one.within) if one.rules else []
+    for rule, of_rule in zip(one.rules, asked, strict=True):
         summary = oneshot.summarize(of_rule, data.classes)
         results.setdefault("gradient_norm", summary["gradient_norm"])  # of the update before any rule: the same for all
         del summary["gradient_norm"]

@@ -43,6 +43,7 @@ def test_penalties_are_what_their_names_say():
     literal = {
         "rank": functional.spectral_rank_penalty(stack),
         "norm": functional.spectral_norm(stack).square(),
+        "sigma": (functional.spectral_norm(stack) - 1).square(),
         "lewandowski": (functional.spectral_norm(stack) ** 2 - 1).square(),
         "mhe": functional.hyperspherical_energy(stack),
         "mhe-half": functional.hyperspherical_energy(stack, half_space=True),

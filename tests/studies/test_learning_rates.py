@@ -120,7 +120,7 @@ def test_each_arm_changes_what_it_says(arm, setting):
 
 
 def test_the_bias_changes_who_is_chosen_and_not_the_weights(setting):
-    config, text = setting
+    config, _ = setting
     network = model.build(config, 0)
     gate = find_gates(network)[0]
     biased = arms.Biased(gate, 0.002)
@@ -152,7 +152,7 @@ def test_rounding_counts_choices_that_change():
         gates[0].weight.mul_(0).add_(1.0)  # ties: any rounding changes nothing, all scores stay equal
     with train.rounding(gates) as found, torch.no_grad():
         network(input_ids=torch.randint(256, (2, 32)))
-    assert [float(share) for share in found][0] == 0
+    assert float(found[0]) == 0
     assert all(0 <= float(share) <= 1 for share in found)
 
 

@@ -11,7 +11,7 @@ import pytest
 from examples.image_classification.config import Config
 from examples.shared.command import ExperimentError
 from studies import queue
-from studies.reproduction import choice, protocol, run, saved
+from studies.reproduction import choice, protocol, saved
 from studies.reproduction.__main__ import main
 
 pytestmark = pytest.mark.slow

@@ -3,7 +3,15 @@
 import pytest
 import torch
 from torch import nn
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GptOssConfig, GptOssForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from spectral_router import Gate, find_gates, gate_param_groups, wrap_moe
 
@@ -136,16 +144,14 @@ def test_the_schedule_of_trainer_scales_both(tmp_path):
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
     rates = []
-    trainer.add_callback(_Rates(optimizer, rates))
+    trainer.add_callback(rates_at_each_step(optimizer, rates))
     trainer.train()
     handle.remove()
     assert [gate / other for other, gate in rates[:-1]] == [pytest.approx(0.1)] * 3
     assert rates[0][0] > rates[1][0] > rates[2][0]
 
 
-def _Rates(optimizer, rates):
-    from transformers import TrainerCallback
-
+def rates_at_each_step(optimizer, rates):
     class Rates(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
             rates.append([group["lr"] for group in sorted(optimizer.param_groups, key=lambda g: g["name"] == "gates")])

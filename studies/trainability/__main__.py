@@ -28,9 +28,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     running.add_argument("--protocol", type=Path, default=PROTOCOL, help="default: %(default)s")
     running.add_argument("--out", type=Path, default=Path("runs/trainability"), help="results (default: %(default)s)")
-    running.add_argument(
-        "--only", default="", metavar="TEXT", help="only runs whose name contains TEXT: 4-layers-rate-3e-3.seed0"
-    )
+    running.add_argument("--only", default="", metavar="TEXT", help="only runs whose name contains TEXT: 4-layers")
     showing = commands.add_parser("page", allow_abbrev=False, description="Make docs/trainability.md from saved results.")
     showing.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
     showing.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the documentation (default: %(default)s)")

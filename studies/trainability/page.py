@@ -39,9 +39,9 @@ def page(results: Results) -> str:
         "# Trainability",
         "Which gates let the paper's network learn at all, as it gets deeper and the rate higher?\n"
         f"Ten digits, {runs.depths[0]} to {runs.depths[-1]} layers of four experts without residual, rates {rates[0]:g} to "
-        f"{rates[-1]:g}, {arms} arms, {n} of the protocol's {wanted} seeds. A network counts as trained from "
-        f"{results['protocol']['failed']['accuracy_below']:g} % on, twice chance. The protocol (`studies/trainability/study.toml`) "
-        "was fixed before the runs.",
+        f"{rates[-1]:g}, {arms} arms, {n} of the protocol's {wanted} seeds. A network counts as trained "
+        f"from {results['protocol']['failed']['accuracy_below']:g} % on, twice chance. The protocol "
+        "(`studies/trainability/study.toml`) was fixed before the runs.",
         "![Accuracy against the learning rate, a panel a depth](images/trainability.png)",
         answer(runs),
         f"Every cell: [tables](trainability_tables.md). Made by `{COMMAND} run` and `{COMMAND} page`.",
@@ -91,7 +91,8 @@ def tables(results: Results) -> str:
             for condition in conditions.values():
                 accuracies = runs.accuracy(arm, condition).values()
                 cells.append(
-                    f"{level(accuracies, '.1f')}, worst {min(accuracies):.1f}<br>{runs.trained(arm, condition)} of {n} trained, "
+                    f"{level(accuracies, '.1f')}, worst {min(accuracies):.1f}<br>"
+                    f"{runs.trained(arm, condition)} of {n} trained, "
                     f"{runs.one_path(arm, condition)} on one path"
                 )
             rows.append([arm, *cells])

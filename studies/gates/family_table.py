@@ -164,7 +164,8 @@ _SIGMOID = (
     # the first three layers take their experts from a table of token ids, and their weights from the gate
     Family("deepseek_v4", "DeepseekV4ForCausalLM", MLP_GATE, ALL, "sqrtsoftplus", sqrt_softplus_at),
     sigmoid("dots1", "Dots1ForCausalLM", layers=AFTER_DENSE),
-    sigmoid("dots3_note", "Dots3NoteForCausalLM", layers=AFTER_DENSE),
+    # its sliding layers would keep the sizes of the big model
+    sigmoid("dots3_note", "Dots3NoteForCausalLM", layers=AFTER_DENSE, config={"per_layer_config": {}, "head_dim": 16}),
     sigmoid("exaone_moe", "ExaoneMoeForCausalLM", layers=AFTER_DENSE),
     sigmoid("flint", "FlintForCausalLM"),
     sigmoid("glm4_moe", "Glm4MoeForCausalLM", layers=AFTER_DENSE),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sysconfig
 from collections.abc import Iterable, Iterator
 from importlib import metadata
@@ -29,7 +30,7 @@ def documents(config: Config) -> dict[str, Iterable[Document]]:
     """The documents of each domain; nothing is chosen yet."""
     path = Path(config.dataset)
     if config.dataset == "embedded":
-        return embedded()
+        return dict(embedded())
     if path.is_file():
         return {path.stem: _read([path], path.parent, 2 * config.domain_bytes)}
     if path.is_dir():
@@ -38,16 +39,18 @@ def documents(config: Config) -> dict[str, Iterable[Document]]:
     return _hub(config)
 
 
-def embedded() -> dict[str, Iterable[Document]]:
+@functools.cache  # thousands of small files, 40 MB of text: read once a process
+def embedded() -> dict[str, tuple[Document, ...]]:
     """What a Python installation with torch always carries, in four kinds."""
     library = Path(sysconfig.get_path("stdlib"))
     headers = Path(torch.__file__).parent / "include"
-    return {
+    found = {
         "headers": _read(_files(headers, ".h"), headers),
         "python": _read((file for file in _files(library, ".py") if "site-packages" not in file.parts), library),
         "reference": _reference(),
         "packages": _packages(),
     }
+    return {name: tuple(part) for name, part in found.items()}
 
 
 def _reference() -> Iterator[Document]:

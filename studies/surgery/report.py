@@ -22,6 +22,21 @@ SHOWN = (
     ("the same, against everything free", "difference", "+.4f"),
     ("experts free, of all", "free", ".3f"),
 )
+NAMES = {
+    "gain": "gain at the end",
+    "forgetting_at_equal_gain": "others give up at equal gain",
+    "difference": "the same, less that of all",
+    "free": "experts free",
+}
+HEADLINE = (
+    ("all", "gain", ".3f"),
+    ("experts", "gain", ".3f"),
+    ("path", "gain", ".3f"),
+    ("all", "forgetting_at_equal_gain", "+.4f"),
+    ("experts", "difference", "+.4f"),
+    ("path", "difference", "+.4f"),
+    ("path", "free", ".2f"),
+)
 
 
 def of(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -74,8 +89,12 @@ def _at_equal_gain(scopes: dict[str, Any], domain: str) -> dict[str, dict[str, f
 
 
 def write(results: dict[str, Any], out: Path) -> None:
-    """tables.md, one table an arm."""
-    parts = []
+    """tables.md: the means over the domains, an arm a row; then everything, one fold an arm."""
+    rows = [
+        (arm, [cell(domains[EVERY][scope][name], form) for scope, name, form in HEADLINE])
+        for arm, domains in results["summary"].items()
+    ]
+    parts = [markdown(rows, [f"{scope}: {NAMES[name]}" for scope, name, _ in HEADLINE])]
     for arm, domains in results["summary"].items():
         rows = [
             (f"{domain}: {label}", [cell(scopes[scope][name], form) for scope in SCOPES])
@@ -83,5 +102,6 @@ def write(results: dict[str, Any], out: Path) -> None:
             for label, name, form in SHOWN
         ]
         seeds = domains[EVERY]["all"]["gain"]["n"]
-        parts.append(f"### Arm {arm}, {seeds} seeds\n\n{markdown(rows, list(SCOPES))}")
+        table = markdown(rows, list(SCOPES)).strip().replace("\n", "\n    ")
+        parts.append(f'??? note "Arm {arm}: every domain, {seeds} seeds"\n\n    {table}\n')
     write_atomically(out / "tables.md", lambda path: path.write_text("\n".join(parts), encoding="utf-8"))

@@ -8,7 +8,7 @@ from examples.shared import figures as pictures
 from examples.shared.command import ExperimentError
 from examples.shared.runs import interval
 from examples.shared.storage import write_atomically
-from studies.reproduction.cells import chance, table
+from studies.reproduction.cells import chance, table, words
 from studies.saved import Results
 
 from . import claims, figures
@@ -90,11 +90,15 @@ def advice(every: list[Arms]) -> str:
 def arms_table(results: Results, every: list[Arms]) -> str:
     head = ["arm", "what it is", *(f"strength, {arms.model}" for arms in every)]
     rows = [
-        [arm, settings["says"], *(f"{arms.strength(arm):g}" if "strengths" in settings else "–" for arms in every)]
+        [
+            arm,
+            settings["says"].replace("|", "\\|"),
+            *(f"{arms.strength(arm):g}" if "strengths" in settings else "–" for arms in every),
+        ]
         for arm, settings in results["protocol"]["arms"].items()
         if all(arm in arms.arms for arms in every)
     ]
-    return table(head, rows)
+    return words(head, rows)
 
 
 def tables(results: Results) -> str:

@@ -101,6 +101,10 @@ def arms_table(results: Results, every: list[Arms]) -> str:
     return words(head, rows)
 
 
+def _strengths(every: list[Arms], arm: str, settings: dict[str, object]) -> list[str]:
+    return [f"{arms.strength(arm):g}" if "strengths" in settings else "–" for arms in every]
+
+
 def tables(results: Results) -> str:
     parts = ["---\nsearch:\n  exclude: true\n---\n\n# Learning rates: tables", f"From saved runs, by `{COMMAND} page`."]
     for model in figures.models(results):

@@ -20,6 +20,7 @@ import matplotlib
 import torch
 from torch import Tensor, nn
 
+from examples.shared.palette import color
 from spectral_router import functional, route, wrap_moe
 
 matplotlib.use("Agg")
@@ -28,11 +29,11 @@ from matplotlib.figure import Figure
 
 DIM, EXPERTS, TOP_K, TOKENS = 32, 8, 2, 256
 SHIFT = 2  # of all tokens, in units of a group's distance from the others
-# label: what wrap_moe is told; colours and markers that differ without colour vision too
-ARMS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "no term": ({"penalty_coef": 0.0, "balance_coef": 0.0}, "#D55E00", "s"),
-    "penalty alone": ({"balance_coef": 0.0}, "#0072B2", "^"),
-    "both, the default": ({}, "#009E73", "o"),
+# label: what wrap_moe is told, and a marker, as colour alone tells few
+ARMS: dict[str, tuple[dict[str, Any], str]] = {
+    "no term": ({"penalty_coef": 0.0, "balance_coef": 0.0}, "s"),
+    "penalty alone": ({"balance_coef": 0.0}, "^"),
+    "both, the default": ({}, "o"),
 }
 
 
@@ -90,15 +91,15 @@ def train(seed: int, steps: int, options: dict[str, Any]) -> Curve:
 def draw(curves: dict[str, list[Curve]]) -> Figure:
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(5.2, 5.6), layout="constrained")
     for index, (label, of_seeds) in enumerate(curves.items()):
-        _, colour, marker = ARMS[label]
+        marker = ARMS[label][1]
         ranks = torch.stack([curve.rank for curve in of_seeds]).numpy()
-        top.plot(ranks.T, color=colour, linewidth=0.6, alpha=0.5)
+        top.plot(ranks.T, color=color(label), linewidth=0.6, alpha=0.5)
         every = max(1, ranks.shape[1] // 8)
-        top.plot(ranks.mean(0), color=colour, linewidth=2, marker=marker, markevery=every, label=label)
+        top.plot(ranks.mean(0), color=color(label), linewidth=2, marker=marker, markevery=every, label=label)
         # sorted, as the experts of another seed have other numbers
         shares = EXPERTS * torch.stack([curve.share.sort(descending=True).values for curve in of_seeds]).numpy()
         place = (torch.arange(EXPERTS) + 1 + 0.27 * (index - 1)).numpy()
-        bottom.bar(place, shares.mean(0), width=0.25, color=colour, label=label)
+        bottom.bar(place, shares.mean(0), width=0.25, color=color(label), label=label)
         bottom.plot(place, shares.T, linestyle="", marker=".", markersize=3, color="black")
     top.axhline(EXPERTS, color="gray", linewidth=1, linestyle="--")
     top.set_title(f"Stable rank of the gate (at most {EXPERTS})", fontsize=12)
@@ -116,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many, a thin line and a dot each (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=600, help="of training (default: %(default)s)")
     options = parser.parse_args(arguments)
-    curves = {label: [train(seed, options.steps, arm) for seed in range(options.seeds)] for label, (arm, _, _) in ARMS.items()}
+    curves = {label: [train(seed, options.steps, arm) for seed in range(options.seeds)] for label, (arm, _) in ARMS.items()}
     for label, of_seeds in curves.items():
         rank = torch.stack([curve.rank[-1] for curve in of_seeds]).mean()
         least = EXPERTS * torch.stack([curve.share.min() for curve in of_seeds]).mean()

@@ -8,8 +8,8 @@ from typing import NamedTuple
 CERTAIN = 0.05
 SHOWN = {1: "shown", 0: "not shown", -1: "refuted"}  # by the side of 0, seen from the claim, that an interval lies on
 RULE = (
-    "**Shown**: the 95 % interval lies on the claimed side of 0, and p is below .05 after Holm's adjustment for all comparisons "
-    "of the line. **Refuted**: the same, on the other side. **Not shown**: neither."
+    "**Shown**: the 95 % interval lies on the claimed side of 0, and p is below .05 after Holm's adjustment for all "
+    "comparisons of the line. **Refuted**: the same, on the other side. **Not shown**: neither."
 )
 
 

@@ -1,7 +1,7 @@
 """One colour for each arm, in every picture of every experiment.
 
 Arms that add the same thing are one colour, whatever an experiment calls them: grey adds nothing, orange the balance loss,
-purple the penalty, blue both. Most are of Okabe and Ito, and colour-blind readers can tell those of one picture apart; red and green do not meet.
+purple the penalty, blue both. Most are of Okabe and Ito, so that colour-blind readers can tell those of one picture apart.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ ARMS = {
     "spectral": BLUE,
     "clustering": SKY,
     "clustering-balance": GREEN,
+    "linear gate": GREY,
+    "prototypes": GREEN,
+    "no penalty": SKY,
+    "SpectralRankPenalty": BLUE,
     # language models, and the small mixture of experts
     "none": GREY,
     "no term": GREY,

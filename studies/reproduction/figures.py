@@ -29,6 +29,7 @@ from .statistics import Difference, Quantity, Record, Results
 from .sweep import sweep_arms, sweep_rule, swept
 from .tables import routers_of
 
+DOTS = "dots: seeds; diamond: their mean, with its 95 % interval"
 PAPER = ("baseline", "clustering", "spectral")
 WIDEST = 4.0  # an interval of the sweep that is wider than so many times the usual one does not set the axis
 
@@ -56,14 +57,16 @@ def pictures(results: Results) -> dict[str, Callable[[Results], Figure]]:
 def paths(results: Results) -> Figure:
     """How much of the class the path tells: a dot a seed, by phase, all on one scale."""
     figure = _panels(results, routing.information)
-    figure.supxlabel("share of the class that the path tells, beyond chance (1: every class has paths of its own)", fontsize=9)
+    figure.supxlabel(
+        f"share of the class that the path tells, beyond chance (1: every class has its own paths)\n{DOTS}", fontsize=9
+    )
     return figure
 
 
 def accuracy(results: Results) -> Figure:
     """A dot a seed, by phase, all on one scale."""
     figure = _panels(results, stats.accuracy)
-    figure.supxlabel("test accuracy, %", fontsize=9)
+    figure.supxlabel(f"test accuracy, %\n{DOTS}", fontsize=9)
     return figure
 
 
@@ -101,7 +104,7 @@ def failure(results: Results) -> Figure:
     """Who trains: a mark a seed, and where those that train end."""
     of_stage = results["protocol"]["failure"]
     columns, arms = list(conditions(results)), list(of_stage["arms"])
-    figure, axes = plt.subplots(figsize=(1.8 + 1.7 * len(columns), 1.1 + 0.52 * len(arms)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(1.8 + 1.7 * len(columns), 1.0 + 0.44 * len(arms)), layout="constrained")
     for column, condition in enumerate(columns):
         for row, name in enumerate(arms):
             runs = stats.select(results, "failure", arm=f"{name}, {condition}")
@@ -115,7 +118,7 @@ def failure(results: Results) -> Figure:
                 )
             kept = [run["accuracy"] for run in stats.trained(results, runs)]
             told = "all fail" if not kept else f"{span(kept, '.0f')} %"
-            axes.text(column, row + 0.32, told, ha="center", va="center", fontsize=8, color=NEUTRAL if kept else "#999999")
+            axes.text(column, row + 0.34, told, ha="center", va="center", fontsize=8, color=NEUTRAL if kept else "#999999")
     for line in range(1, len(columns)):
         axes.axvline(line - 0.5, color="#DDDDDD", linewidth=1)
     axes.set_xticks(range(len(columns)), [name.replace(", ", ",\n") for name in columns], fontsize=9)
@@ -140,12 +143,12 @@ def _panels(results: Results, quantity: Quantity) -> Figure:
         max(len(routers_of(results, phase)) for phase in phases[row * columns : (row + 1) * columns]) for row in range(rows)
     ]
     figure, grid = plt.subplots(
-        rows, columns, figsize=(5 * columns, 0.5 + sum(0.4 + 0.36 * count for count in tall)), layout="constrained",
+        rows, columns, figsize=(4.4 * columns, 0.5 + sum(0.4 + 0.36 * count for count in tall)), layout="constrained",
         squeeze=False, sharex=True, height_ratios=tall,
     )  # fmt: skip
     for axes, phase in zip(grid.flat, phases, strict=False):
         _dots(axes, results, phase, quantity)
-        axes.set_title(f"{phase}  (dots: seeds; diamond: their mean with its 95 % interval)" if axes is grid[0, 0] else phase,
+        axes.set_title(phase,
                        fontsize=9)  # fmt: skip
     for axes in grid.flat[len(phases) :]:
         axes.set_axis_off()

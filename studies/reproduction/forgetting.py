@@ -18,7 +18,7 @@ def forgetting(results: Results, phase: str) -> Figure:
     """A column a rule; above where updates teach equally much, below at the largest rate. One scale, so that harm is seen."""
     rules = stats.rules_of(results, stats.select(results, "main", phase))
     routers = routers_of(results, phase)
-    size = (1.6 + 2.1 * len(rules), 1.2 + 0.5 * len(routers))
+    size = (1.6 + 1.8 * len(rules), 1.2 + 0.5 * len(routers))
     figure, grid = plt.subplots(2, len(rules), figsize=size, layout="constrained", squeeze=False, sharex=True, sharey=True)
     for column, rule in enumerate(rules):
         largest = max(rule["rates"])

@@ -16,7 +16,7 @@ NAME = "reproduction_tables.md"
 CAPTIONS = {  # of a section of pictures, by how their names begin
     "paths": "How much of the class the path tells, a dot a seed, by phase and router",
     "gradients": "Gradient norm per expert and layer, mean over the one-shot updates",
-    "forgetting": "The change of accuracy by an update, by rule and router: where equally much is learned, and at the largest rate",
+    "forgetting": "The change of accuracy by an update: where equally much is learned, and at the largest rate",
     "accuracy": "Test accuracy, a dot a seed, by phase and router",
     "sweep": "Differences of accuracy and delta from the spectral router as it is",
     "failure": "Which networks train, and the accuracy of those that do, by condition and router",

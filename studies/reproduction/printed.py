@@ -39,8 +39,8 @@ def sections(results: Results) -> dict[str, str]:
         rows.append([*row, f"{sum(other.inside for other in every)} of {len(every)}"])
     head = ["phase", "difference", "accuracy: paper", "ours", "mean delta: paper", "ours", "all rules and rates"]
     told = (
-        "In points; bold: the paper's lies inside our 95 % interval; in the last column, how many of our rules and rates hold its "
-        "delta. Other photos, other updates, and the paper gives no number of runs: this tests our effects, not the paper."
+        "In points; bold: the paper's lies inside our 95 % interval; in the last column, how many of our rules and rates hold "
+        "its delta. Other photos, other updates, and the paper gives no number of runs: this tests our effects, not the paper."
     )
     return {"printed": table(head, rows) + f"\n{told}\n"}
 

@@ -34,6 +34,13 @@ def label(verdict: str) -> str:
     return verdict[:1].upper() + verdict[1:]
 
 
+def unbroken(text: str) -> str:
+    """No line ends inside a number: not at its ±, its unit or its p."""
+    for broken in (" ± ", "p .", " %"):
+        text = text.replace(broken, broken.replace(" ", "\u00a0"))
+    return text
+
+
 def holm(ps: Sequence[float | None]) -> list[float | None]:
     """p adjusted for the number of tests, by Holm's step-down method; None, no test, stays None and does not count."""
     order = sorted((p, index) for index, p in enumerate(ps) if p is not None)

@@ -83,7 +83,7 @@ def picture(tables: Tables) -> Figure:
     titles = {
         "stable rank of the gates": RANK,
         "dead experts": DEAD,
-        "load CV (0: even)": LOAD,
+        "load CV (even: 0)": LOAD,
         "validation loss, nats/byte": LOSS,
     }
     return panels(
@@ -102,7 +102,7 @@ def picture_finetuning(tables: Tables) -> Figure:
         "old domains: loss, at equal gain": table.row(EQUAL, "Old domains: loss given up"),
         "new domain: gain, nats/byte": table.row("New domain: gain, nats/byte"),
     }
-    note = f"difference from no term, paired by seed. Diamond: mean over {tables.seeds()} seeds; bar: its 95 % interval"
+    note = f"difference from no term, paired by seed; diamond: mean over {tables.seeds()} seeds; bar: its 95 % interval"
     return panels(cells, table.columns, marks=dict.fromkeys(cells, 0.0), note=note)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from studies.verdicts import Test, label, word
+from studies.verdicts import Test, label, unbroken, word
 
 from .tables import Cell
 
@@ -16,4 +16,5 @@ def line(claim: str, found: Sequence[Cell], sign: int, seeds: int, of: str = "co
 
 
 def section(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {one}" for one in lines) + "\n"
+    """As a list."""
+    return unbroken("\n".join(f"- {one}" for one in lines) + "\n")

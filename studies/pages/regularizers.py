@@ -17,6 +17,7 @@ GAP, GAP_LOSS = "Gap: training - test accuracy, points", "Gap: test - training l
 GRADIENT, NOISE = "Norm of the input's gradient, test images", "Test accuracy under noise, mean over levels, %"
 ACCURACY = "Test accuracy, %"
 SIGN = {"lower": -1, "higher": 1}
+SHORT = {GAP: "of accuracy, in points,", GAP_LOSS: "of loss", GRADIENT: "norm of the gradient", NOISE: "points of accuracy"}
 
 
 def norm(tables: Tables) -> str:
@@ -31,8 +32,12 @@ def norm(tables: Tables) -> str:
     for metrics, text in texts.items():
         found = {key: one for key, one in claims.items() if key[0] in metrics}
         sign = SIGN[next(iter(found))[2]]
-        told = "; ".join(f"− {against}: {_short(metric)} {one}" for (metric, _, _, against), one in found.items())
-        made.append(f"{line(text, list(found.values()), sign, seeds)}. {told}.")
+        told = "; ".join(
+            f"{name} " + ", ".join(f"{one} against {against}" for (metric, _, _, against), one in found.items() if metric == of)
+            for of, name in SHORT.items()
+            if of in metrics
+        )
+        made.append(f"{line(text, list(found.values()), sign, seeds)}: {told}.")
     gains = tables.named("Paired differences from none").row(ACCURACY)
     told = "; ".join(f"{arm} {one}" for arm, one in gains.items())
     made.append(f"{line('one of the penalties raises the test accuracy', list(gains.values()), 1, seeds, 'arms')}. {told}.")
@@ -77,7 +82,7 @@ def picture_energy(tables: Tables) -> Figure:
 
 
 def _from_none(tables: Tables, cells: dict[str, dict[str, Cell]], arms: list[str]) -> Figure:
-    note = f"difference from no penalty, paired by seed. diamond: mean over {tables.seeds()} seeds; bar: its 95 % interval"
+    note = f"difference from no penalty, paired by seed; diamond: mean over {tables.seeds()} seeds; bar: its 95 % interval"
     return panels(cells, arms, marks=dict.fromkeys(cells, 0.0), note=note)
 
 
@@ -89,7 +94,3 @@ def _claims(tables: Tables) -> dict[tuple[str, str, str, str], Cell]:
         assert match is not None, label
         found[match[1], match[2], match[3], match[4]] = one
     return found
-
-
-def _short(metric: str) -> str:
-    return {GAP: "accuracy, points", GAP_LOSS: "loss", GRADIENT: "gradient's norm", NOISE: "points"}[metric]

@@ -13,6 +13,9 @@ NUMBER = re.compile(r"([+-]?\d+(?:\.\d+)?)(?: ± (\d+(?:\.\d+)?))?(?=[ (]|$)")
 HEADING = re.compile(r'(?:#{2,4} |\?\?\? abstract ")(.*?)"?')
 
 
+NOTES = '??? note "How to read these tables"'
+
+
 class Cell(NamedTuple):
     """Mean and half-width of its 95 % interval, None where there is none; the form that both are written in."""
 
@@ -92,7 +95,7 @@ def read(path: Path) -> Tables:
             heading = HEADING.fullmatch(line)
             if heading is not None:
                 title = heading[1]
-            elif line:
+            elif line and line != NOTES:
                 found.notes.append(line)
             continue
         cells = [part.strip() for part in line.strip("|").split("|")]
@@ -108,11 +111,13 @@ def read(path: Path) -> Tables:
 
 
 def folded(tables: Tables, untitled: Sequence[str]) -> str:
-    """Each table in a fold; `untitled` are the titles of those without one, in their order. The notes come last."""
+    """Each table in a fold; `untitled` are the titles of those without one, in their order. The notes come last,
+    in a fold of their own."""
     titles, parts = iter(untitled), []
     for table in tables.tables:
         lines = [[table.corner, *table.columns], ["---", *["---:"] * len(table.columns)]]
         lines += [[label, *row.values()] for label, row in table.rows]
         body = "\n".join("    | " + " | ".join(line) + " |" for line in lines)
         parts.append(f'??? abstract "{table.title or next(titles)}"\n\n{body}\n')
-    return "\n".join([*parts, "\n\n".join(tables.notes)]) + "\n"
+    notes = "\n\n".join(f"    {note}" for note in tables.notes)
+    return "\n".join([*parts, f"{NOTES}\n\n{notes}\n"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from studies.verdicts import RULE, SHOWN, Test, label, word
+from studies.verdicts import RULE, SHOWN, Test, label, unbroken, word
 
 from . import failing, parts, printed, routing
 from . import statistics as stats
@@ -32,7 +32,8 @@ def sections(results: Results) -> dict[str, str]:
         _better(results),
         _left(results),
     ]
-    return {"verdict": "\n".join(f"- {line}" for line in made if line) + f"\n\n{RULE}{FEW}\n"}
+    text = "\n".join(f"- {line}" for line in made if line)
+    return {"verdict": unbroken(f"{text}\n\n{RULE}{FEW}\n")}
 
 
 def _line(found: Sequence[Difference | None], claim: str, of: str) -> str:

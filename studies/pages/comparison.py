@@ -49,7 +49,7 @@ def picture(tables: Tables) -> Figure:
     table = tables.tables[0]
     accuracy, delta = table.column("accuracy, %"), table.column("delta at equal plasticity, points")
     kept = [found for found in accuracy.values() if found.mean >= TRAINS]
-    low = min(found.mean - (found.half or 0) for found in kept)
+    low = min((found.mean - (found.half or 0) for found in kept), default=0.5)
     titles = ("test accuracy, %", "change by an update, points", "stable rank (of 4)")
     return panels(
         {
@@ -58,7 +58,7 @@ def picture(tables: Tables) -> Figure:
             titles[2]: table.column("stable rank"),
         },
         [label for label, _ in table.rows],
-        marks={titles[0]: accuracy[REFERENCE].mean, titles[1]: 0.0},
+        marks={titles[1]: 0.0} | ({titles[0]: accuracy[REFERENCE].mean} if REFERENCE in accuracy else {}),
         limits={titles[0]: (low - 0.5, 100.0)},
         height=0.27,
         note=f"diamond: mean over {tables.seeds()} seeds; bar: its 95 % interval; grey line: {REFERENCE}, or no change; "

@@ -66,7 +66,10 @@ class Tables(NamedTuple):
 
     def seeds(self) -> int:
         """How many, as the note below the tables says."""
-        found = re.search(r"over (\d+) seeds", " ".join(self.notes))
+        notes = " ".join(self.notes)
+        if "One seed" in notes:
+            return 1
+        found = re.search(r"over (\d+) seeds", notes)
         if found is None:
             raise ExperimentError("the note below the tables must say 'over N seeds'; copy the whole tables.md of a run")
         return int(found[1])

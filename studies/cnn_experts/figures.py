@@ -43,11 +43,7 @@ def class_weights(results: Results) -> Figure:
     figure, grid = _grid(results, width=1.2 + 0.4 * experts, height=0.8 + 0.24 * min(len(classes), 40))
     for axes, arm, run in grid:
         table = np.array(run["routing"]["class_weights"], dtype=float)
-        image = axes.imshow(table, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        for (row, column), value in np.ndenumerate(table if few else np.empty((0, 0))):
-            axes.text(
-                column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color="black" if value > 0.6 else "white"
-            )
+        image = axes.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
         axes.set_xticks(range(experts), [f"E{expert + 1}" for expert in range(experts)], fontsize=7)
         if few:
             axes.set_yticks(range(len(classes)), [plain(name) for name in classes], fontsize=7)

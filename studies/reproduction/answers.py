@@ -96,7 +96,7 @@ def _harm(results: Results, phase: str) -> Row:
             one = found.get((pair, rule["name"], "delta"))
             rows.append(f"{place}, {' − '.join(pair)}: {said(one, 'higher', 'lower')}")
             if place == phase and pair[1] == "baseline":
-                verdicts.append(f"{pair[0]} keeps more than baseline: {verdict(one)}")
+                verdicts.append(f"{pair[0]} keeps more than baseline: {verdict(one)}, by itself")
     if not rows:
         return ["no runs", ""]
     learned = posthoc.largest_of(results, phase).get((("spectral", "baseline"), rule["name"], "learned"))

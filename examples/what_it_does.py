@@ -114,7 +114,7 @@ def draw(curves: dict[str, list[Curve]]) -> Figure:
     top.legend(fontsize=10, frameon=False, loc="lower right", ncols=3)
     bottom.axhline(1, color="gray", linewidth=1, linestyle="--")
     bottom.set_title("Load / even load at the end: bars are means, dots seeds", fontsize=11)
-    bottom.set(xlabel="expert, from the busiest on", xticks=range(1, EXPERTS + 1))
+    bottom.set(xlabel="expert, from the busiest on", xticks=range(1, EXPERTS + 1), ylim=(0, 1.35 * bottom.get_ylim()[1]))
     return figure
 
 

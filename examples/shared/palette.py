@@ -34,6 +34,12 @@ ARMS = {
     "hold+balance": SKY,
     "own": BROWN,
     "ernie": WINE,
+    "slower": GREEN,
+    # the paper's network at many rates
+    "linear+balance": ORANGE,
+    "linear+balance, residual": BROWN,
+    "prototypes+balance": SKY,
+    "spectral, relative": WINE,
     # convolutional experts: soft constraints are balance losses
     "plain": NEUTRAL,
     "quiet": SKY,

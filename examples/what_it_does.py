@@ -20,6 +20,8 @@ import matplotlib
 import torch
 from torch import Tensor, nn
 
+from examples.shared.figures import lanes
+from examples.shared.palette import color
 from spectral_router import functional, route, wrap_moe
 
 matplotlib.use("Agg")
@@ -27,12 +29,13 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 DIM, EXPERTS, TOP_K, TOKENS = 32, 8, 2, 256
+DEAD = 0.01  # of an even load
 SHIFT = 2  # of all tokens, in units of a group's distance from the others
-# label: what wrap_moe is told; colours and markers that differ without colour vision too
-ARMS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "no term": ({"penalty_coef": 0.0, "balance_coef": 0.0}, "#D55E00", "s"),
-    "penalty alone": ({"balance_coef": 0.0}, "#0072B2", "^"),
-    "both, the default": ({}, "#009E73", "o"),
+# label: what wrap_moe is told, and a marker, as colour alone tells few
+ARMS: dict[str, tuple[dict[str, Any], str]] = {
+    "no term": ({"penalty_coef": 0.0, "balance_coef": 0.0}, "s"),
+    "penalty alone": ({"balance_coef": 0.0}, "^"),
+    "both, the default": ({}, "o"),
 }
 
 
@@ -90,24 +93,34 @@ def train(seed: int, steps: int, options: dict[str, Any]) -> Curve:
 def draw(curves: dict[str, list[Curve]]) -> Figure:
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(5.2, 5.6), layout="constrained")
     for index, (label, of_seeds) in enumerate(curves.items()):
-        _, colour, marker = ARMS[label]
+        marker, paint = ARMS[label][1], color(label)
         ranks = torch.stack([curve.rank for curve in of_seeds]).numpy()
-        top.plot(ranks.T, color=colour, linewidth=0.6, alpha=0.5)
+        top.plot(ranks.T, color=paint, linewidth=0.6, alpha=0.5)
         every = max(1, ranks.shape[1] // 8)
-        top.plot(ranks.mean(0), color=colour, linewidth=2, marker=marker, markevery=every, label=label)
+        top.plot(ranks.mean(0), color=paint, linewidth=2, marker=marker, markevery=every, label=label)
         # sorted, as the experts of another seed have other numbers
         shares = EXPERTS * torch.stack([curve.share.sort(descending=True).values for curve in of_seeds]).numpy()
         place = (torch.arange(EXPERTS) + 1 + 0.27 * (index - 1)).numpy()
-        bottom.bar(place, shares.mean(0), width=0.25, color=colour, label=label)
-        bottom.plot(place, shares.T, linestyle="", marker=".", markersize=3, color="black")
+        bottom.bar(place, shares.mean(0), width=0.25, color=paint)
+        for x, of_expert in zip(place, shares.T, strict=True):
+            bottom.plot(x + lanes(of_expert, 0.2), of_expert, ".", markersize=3, color="black")
+        told = f"{label}: an expert is dead in {dead(of_seeds)} of {len(of_seeds)} seeds"
+        bottom.text(
+            0.98, 0.94 - 0.09 * index, told, transform=bottom.transAxes, ha="right", va="top", color=paint, weight="bold"
+        )
     top.axhline(EXPERTS, color="gray", linewidth=1, linestyle="--")
-    top.set_title(f"Stable rank of the gate (at most {EXPERTS})", fontsize=12)
+    top.set_title(f"Stable rank of the gate (at most {EXPERTS}): means, thin lines are seeds", fontsize=11)
     top.set(xlabel="step", ylim=(1, EXPERTS + 0.3))
+    top.legend(fontsize=10, frameon=False, loc="lower right", ncols=3)
     bottom.axhline(1, color="gray", linewidth=1, linestyle="--")
-    bottom.set_title("Load of the experts / even load, at the end", fontsize=12)
-    bottom.set(xlabel="expert, from the busiest on", xticks=range(1, EXPERTS + 1))
-    bottom.legend(fontsize=11, frameon=False)
+    bottom.set_title("Load / even load at the end: bars are means, dots seeds", fontsize=11)
+    bottom.set(xlabel="expert, from the busiest on", xticks=range(1, EXPERTS + 1), ylim=(0, 1.35 * bottom.get_ylim()[1]))
     return figure
+
+
+def dead(of_seeds: list[Curve]) -> int:
+    """In how many seeds an expert has less than 1 % of an even load."""
+    return sum(bool(EXPERTS * curve.share.min() < DEAD) for curve in of_seeds)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -116,11 +129,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many, a thin line and a dot each (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=600, help="of training (default: %(default)s)")
     options = parser.parse_args(arguments)
-    curves = {label: [train(seed, options.steps, arm) for seed in range(options.seeds)] for label, (arm, _, _) in ARMS.items()}
+    curves = {label: [train(seed, options.steps, arm) for seed in range(options.seeds)] for label, (arm, _) in ARMS.items()}
     for label, of_seeds in curves.items():
         rank = torch.stack([curve.rank[-1] for curve in of_seeds]).mean()
         least = EXPERTS * torch.stack([curve.share.min() for curve in of_seeds]).mean()
-        print(f"{label:18} stable rank {rank:.2f}, least used expert {least:.2f} of an even load")
+        print(
+            f"{label:18} stable rank {rank:.2f}, least used expert {least:.2f} of an even load, "
+            f"dead in {dead(of_seeds)} of {len(of_seeds)} seeds"
+        )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     draw(curves).savefig(options.out, dpi=130)
     print(f"picture: {options.out}")

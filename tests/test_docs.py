@@ -99,6 +99,6 @@ def test_the_picture_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture
     what_it_does.main(["--out", str(out), "--seeds", "1", "--steps", "2"])
     assert out.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("stable rank") == len(what_it_does.ARMS)
-    curves = [what_it_does.train(0, 30, options) for options, _, _ in what_it_does.ARMS.values()]
+    curves = [what_it_does.train(0, 30, options) for options, _ in what_it_does.ARMS.values()]
     assert len({curve.rank[0].item() for curve in curves}) == 1, "the versions of a seed start equal"
     assert curves[0].rank[-1] < curves[1].rank[-1], "the penalty raises the stable rank"

@@ -16,6 +16,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from examples.shared.figures import plain, save
+from examples.shared.palette import CLASSES, color
 
 PATHS_SHOWN = 12
 SEEDS_SHOWN = 3
@@ -104,8 +105,8 @@ def oneshot(results: Results) -> Figure:
     for index, (router, summary) in enumerate(results["summary"].items()):
         entries = [summary[f"delta/{name}"] for name in names[:-1]] + [summary["mean_delta"]]
         places = np.arange(len(names)) + (index - (len(results["summary"]) - 1) / 2) * width
-        _bars(right, places, entries, width, router, f"C{index}")
-        _bars(left, np.array([index]), [summary["accuracy"]], 0.7, router, f"C{index}")
+        _bars(right, places, entries, width, router)
+        _bars(left, np.array([index]), [summary["accuracy"]], 0.7, router)
     left.set_xticks(range(len(results["summary"])), list(results["summary"]), rotation=20, fontsize=8)
     left.set(title="before the update", ylabel="test accuracy, %", ylim=(0, 100))
     right.set_xticks(range(len(names)), [plain(name) for name in names])
@@ -126,11 +127,11 @@ def training(results: Results) -> Figure:
     ]
     figure, grid = plt.subplots(1, len(curves), figsize=(3.6 * len(curves), 3.2), layout="constrained")
     for axes, (label, read) in zip(grid, curves, strict=True):
-        for index, (router, runs) in enumerate(results["runs"].items()):
+        for router, runs in results["runs"].items():
             lines = np.array([[read(row) for row in run["history"]] for run in runs], dtype=float)
             epochs = np.arange(1, lines.shape[1] + 1)
-            axes.plot(epochs, lines.T, color=f"C{index}", linewidth=0.7, alpha=0.5)
-            axes.plot(epochs, lines.mean(0), color=f"C{index}", linewidth=2, label=router)
+            axes.plot(epochs, lines.T, color=color(router), linewidth=0.7, alpha=0.5)
+            axes.plot(epochs, lines.mean(0), color=color(router), linewidth=2, label=router)
         axes.set_title(label, fontsize=9)
         axes.set_xlabel("epoch")
     grid[0].legend(fontsize=8)
@@ -158,11 +159,11 @@ def _stack(axes: Axes, places: Any, table: Any, classes: list[str]) -> None:
     """Bars stacked by class; table (bars, classes)."""
     bottom = np.zeros(len(table))
     for label, name in enumerate(classes):
-        color = f"C{label}" if len(classes) <= 10 else plt.get_cmap("turbo")(label / (len(classes) - 1))
-        axes.bar(places, table[:, label], 0.8, bottom=bottom, color=color, label=plain(name))
+        shade = CLASSES[label] if len(classes) <= len(CLASSES) else plt.get_cmap("turbo")(label / (len(classes) - 1))
+        axes.bar(places, table[:, label], 0.8, bottom=bottom, color=shade, label=plain(name))
         bottom += table[:, label]
 
 
-def _bars(axes: Axes, places: Any, entries: list[dict[str, Any]], width: float, label: str, color: str) -> None:
+def _bars(axes: Axes, places: Any, entries: list[dict[str, Any]], width: float, label: str) -> None:
     errors = None if entries[0]["ci95"] is None else [entry["ci95"] for entry in entries]
-    axes.bar(places, [entry["mean"] for entry in entries], width, yerr=errors, capsize=2, label=label, color=color)
+    axes.bar(places, [entry["mean"] for entry in entries], width, yerr=errors, capsize=2, label=label, color=color(label))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 
 from .storage import write_atomically
@@ -26,6 +27,14 @@ def save(figures: Mapping[str, Callable[[dict[str, Any]], Figure]], results: dic
         plt.close(figure)
         drawn.append(path)
     return drawn
+
+
+def lanes(values: Sequence[float], height: float = 0.3) -> np.ndarray[Any, Any]:
+    """Offsets (n,), at most half of `height` to each side, that keep dots at (nearly) equal values from hiding each other."""
+    order = np.argsort(np.array(values, dtype=float), kind="stable")
+    offsets = np.empty(len(values))
+    offsets[order] = height * ((np.arange(len(values)) * 2 % 5) / 4 - 0.5)  # neighbours are two lanes of five apart
+    return offsets
 
 
 def plain(name: str) -> str:

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from examples.shared.figures import save
+from examples.shared.palette import color
 
 from .summary import adaptation
 
@@ -37,12 +38,12 @@ def loss(results: Results) -> Figure:
     runs = results["runs"]
     reference = "none" if "none" in runs else next(iter(runs))
     base = _series(runs[reference], "loss")
-    for index, (arm, of_arm) in enumerate(runs.items()):
+    for arm, of_arm in runs.items():
         steps, values = _steps(of_arm), _series(of_arm, "loss")
-        _lines(left, steps, values, index, arm)
+        _lines(left, steps, values, arm)
         if arm != reference:
             half = len(steps) // 2
-            _lines(right, steps[half:], (values - base)[:, half:], index, arm)
+            _lines(right, steps[half:], (values - base)[:, half:], arm)
     entropy = results["data"]["pooled_entropy"]
     left.axhline(entropy, color="gray", linestyle="--", linewidth=1)
     left.annotate(
@@ -96,9 +97,9 @@ def gates(results: Results) -> Figure:
     figure, grid = plt.subplots(2, 2, figsize=(9.5, 6), layout="constrained")
     for axes, (name, label) in zip(grid.flat, shown, strict=True):
         skip = 1 if name == "fluctuation" else 0
-        for index, (arm, of_arm) in enumerate(results["runs"].items()):
+        for arm, of_arm in results["runs"].items():
             values = [[np.array(row[name], dtype=float).mean() for row in run["train"]["history"][skip:]] for run in of_arm]
-            _lines(axes, _steps(of_arm)[skip:], np.array(values, dtype=float), index, arm)
+            _lines(axes, _steps(of_arm)[skip:], np.array(values, dtype=float), arm)
         axes.set_title(label, fontsize=9)
         axes.set_xlabel("step", fontsize=8)
     grid[1, 1].legend(fontsize=8)
@@ -129,11 +130,11 @@ def domains(results: Results) -> Figure:
 def adapted(results: Results) -> Figure:
     """What the adapted domain gains against what the others lose; a dot a measurement, a thin line a seed."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for index, (arm, runs) in enumerate(results["runs"].items()):
+    for arm, runs in results["runs"].items():
         curves = np.array([adaptation(run["adapt"], results["adapt_domain"]) for run in runs], dtype=float)
         if len(curves) > 1:
-            axes.plot(curves[:, 0].T, curves[:, 1].T, color=f"C{index}", linewidth=0.6, alpha=0.4)
-        axes.plot(*curves.mean(0), color=f"C{index}", marker=".", linewidth=1.8, label=arm)
+            axes.plot(curves[:, 0].T, curves[:, 1].T, color=color(arm), linewidth=0.6, alpha=0.4)
+        axes.plot(*curves.mean(0), color=color(arm), marker=".", linewidth=1.8, label=arm)
     axes.axhline(0, color="gray", linewidth=1)
     axes.set(xlabel=f"gain on {results['adapt_domain']}, nats/byte", ylabel="loss given up on the other domains, nats/byte")
     axes.set_title(f"{results['config']['adapt_steps']} steps on {results['adapt_domain']} alone", fontsize=10)
@@ -149,11 +150,11 @@ def _series(runs: list[dict[str, Any]], name: str) -> Any:
     return np.array([[row[name] for row in run["train"]["history"]] for run in runs], dtype=float)
 
 
-def _lines(axes: Axes, steps: list[int], values: Any, index: int, label: str) -> None:
+def _lines(axes: Axes, steps: list[int], values: Any, arm: str) -> None:
     """values (seeds, steps): a thin line each, and their mean."""
     if len(values) > 1:
-        axes.plot(steps, values.T, color=f"C{index}", linewidth=0.6, alpha=0.4)
-    axes.plot(steps, values.mean(0), color=f"C{index}", linewidth=1.8, marker=".", markersize=4, label=label)
+        axes.plot(steps, values.T, color=color(arm), linewidth=0.6, alpha=0.4)
+    axes.plot(steps, values.mean(0), color=color(arm), linewidth=1.8, marker=".", markersize=4, label=arm)
 
 
 def _experts(results: Results) -> int:

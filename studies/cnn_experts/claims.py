@@ -1,9 +1,9 @@
 """What the paper claims, and by a fixed rule what this run says of it.
 
 A comparison is a difference of two groups of arms, paired by seed: a group's value for a seed is the mean over its arms.
-It is "supported" if the 95 % interval of the mean difference (Student's t) lies wholly on the claimed side of zero,
-"contradicted" if wholly on the other, else "open". A claim is what all its comparisons are, if they agree; "mixed" if some are
-supported and some contradicted; "partly supported" or "partly contradicted" if the rest is open.
+It is "shown" if the 95 % interval of the mean difference (Student's t) lies wholly on the claimed side of zero,
+"refuted" if wholly on the other, else "not shown". A claim is what all its comparisons are, if they agree; "mixed" if some are
+shown and some refuted; "partly shown" or "partly refuted" if the rest is not shown.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from examples.shared.runs import interval
+from studies.verdicts import SHOWN
 
 GROUPS = {"soft": ("importance", "kl"), "hard": ("relative", "mean")} | {arm: (arm,) for arm in ("none", "quiet", "plain")}
 
@@ -58,9 +59,9 @@ def judge(rows: Rows) -> list[dict[str, Any]]:
 
 def verdict(difference: dict[str, Any], sign: int) -> str:
     mean, half = sign * difference["mean"], difference["ci95"]
-    if half is None or not (mean - half > 0 or mean + half < 0):  # NaN, of a diverged run, is open too
-        return "open"
-    return "supported" if mean > 0 else "contradicted"
+    if half is None or not (mean - half > 0 or mean + half < 0):  # NaN, of a diverged run, is not shown either
+        return SHOWN[0]
+    return SHOWN[1 if mean > 0 else -1]
 
 
 def overall(verdicts: Sequence[str]) -> str:
@@ -69,9 +70,9 @@ def overall(verdicts: Sequence[str]) -> str:
         return "not run"
     if len(found) == 1:
         return verdicts[0]
-    if {"supported", "contradicted"} <= found:
+    if {SHOWN[1], SHOWN[-1]} <= found:
         return "mixed"
-    return "partly supported" if "supported" in found else "partly contradicted"
+    return f"partly {SHOWN[1] if SHOWN[1] in found else SHOWN[-1]}"
 
 
 def _compare(rows: Rows, group: str, other: str, name: str, sign: int) -> dict[str, Any]:

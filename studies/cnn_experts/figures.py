@@ -16,12 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from examples.shared.figures import plain, save
-
-from .config import ARMS
+from examples.shared.palette import CLASSES, color
 
 SEEDS_SHOWN = 3
 LEAST_FOR_TSNE = 10
-COLORS = {arm: f"C{index}" for index, arm in enumerate(ARMS)}
 Results = dict[str, Any]
 
 
@@ -45,11 +43,7 @@ def class_weights(results: Results) -> Figure:
     figure, grid = _grid(results, width=1.2 + 0.4 * experts, height=0.8 + 0.24 * min(len(classes), 40))
     for axes, arm, run in grid:
         table = np.array(run["routing"]["class_weights"], dtype=float)
-        image = axes.imshow(table, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        for (row, column), value in np.ndenumerate(table if few else np.empty((0, 0))):
-            axes.text(
-                column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color="black" if value > 0.6 else "white"
-            )
+        image = axes.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
         axes.set_xticks(range(experts), [f"E{expert + 1}" for expert in range(experts)], fontsize=7)
         if few:
             axes.set_yticks(range(len(classes)), [plain(name) for name in classes], fontsize=7)
@@ -68,8 +62,8 @@ def fixed_expert(results: Results) -> Figure:
         for seed, run in enumerate(of_arm):
             place = index + 0.7 * ((seed + 0.5) / seeds - 0.5)
             fixed, width = run["fixed_expert"], 0.6 / seeds
-            axes.bar(place, fixed["mean"], width, color=COLORS[arm], alpha=0.35)
-            axes.scatter([place] * len(fixed["each"]), fixed["each"], s=14, color=COLORS[arm], zorder=3)
+            axes.bar(place, fixed["mean"], width, color=color(arm), alpha=0.35)
+            axes.scatter([place] * len(fixed["each"]), fixed["each"], s=14, color=color(arm), zorder=3)
             axes.plot([place - width / 2, place + width / 2], [run["accuracy"]] * 2, color="black", linewidth=1.5)
     axes.axhline(100 / len(results["data"]["classes"]), color="gray", linestyle=":", linewidth=1)
     axes.annotate("chance", (1, 100 / len(results["data"]["classes"])), (-2, 2), ("axes fraction", "data"), "offset points",
@@ -139,8 +133,8 @@ def training(results: Results) -> Figure:
         for arm, runs in results["runs"].items():
             lines = np.array([[row[name] for row in run["history"]] for run in runs], dtype=float)
             epochs = np.arange(1, lines.shape[1] + 1)
-            axes.plot(epochs, lines.T, color=COLORS[arm], linewidth=0.7, alpha=0.5)
-            axes.plot(epochs, lines.mean(0), color=COLORS[arm], linewidth=2, label=arm)
+            axes.plot(epochs, lines.T, color=color(arm), linewidth=0.7, alpha=0.5)
+            axes.plot(epochs, lines.mean(0), color=color(arm), linewidth=2, label=arm)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(label, fontsize=9)
         axes.set_xlabel("epoch")
@@ -159,4 +153,4 @@ def _grid(results: Results, width: float, height: float) -> tuple[Figure, list[t
 
 
 def _color(number: int, of: int) -> Any:
-    return f"C{number}" if of <= 10 else plt.get_cmap("turbo")(number / (of - 1))
+    return CLASSES[number] if of <= len(CLASSES) else plt.get_cmap("turbo")(number / (of - 1))

@@ -7,18 +7,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from examples.shared.runs import interval
 from examples.shared.storage import write_atomically
 from studies.oneshot.plasticity import interference
+from studies.pages import comparison as pages
+from studies.pages.tables import read
 
 HEAD = (
     "arm",
@@ -50,7 +47,7 @@ def write(results: Results, out: Path) -> list[Path]:
     text = "\n".join(["| " + " | ".join(row) + " |" for row in (HEAD, ("---", *["---:"] * (len(HEAD) - 1)), *lines)])
     path, picture = out / "tables.md", out / "comparison.png"
     write_atomically(path, lambda file: file.write_text(f"{text}\n\n{footnote(results)}\n\n{grid(results)}", encoding="utf-8"))
-    figure = draw(results)
+    figure = pages.picture(read(path))
     write_atomically(picture, partial(figure.savefig, format="png", dpi=130))
     plt.close(figure)
     return [path, picture]
@@ -109,34 +106,6 @@ def grid(results: Results) -> str:
         if scores:
             lines.append(f"| {name} | " + ", ".join(f"{value}: {fmean(runs):.2f}" for value, runs in scores.items()) + " |")
     return "\n".join(lines) + "\n"
-
-
-def draw(results: Results) -> Figure:
-    """A point a seed, the mean and its 95 % interval, for accuracy and interference."""
-    names = list(results["runs"])
-    figure, axes = plt.subplots(1, 2, figsize=(10, 1.2 + 0.3 * len(names)), sharey=True, layout="constrained")
-    values = {
-        "accuracy before the update, %": lambda run: run["accuracy"],
-        "delta at equal plasticity, points": lambda run: interference(run["oneshot"], results["plasticity"]),
-    }
-    places = np.arange(len(names))[::-1]
-    for ax, (title, value) in zip(axes, values.items(), strict=True):
-        for place, name in zip(places, names, strict=True):
-            known = [found for run in results["runs"][name] if (found := value(run)) is not None]
-            if not known:
-                continue
-            color = "C3" if name == results["reference"] else "C0"
-            ax.plot(known, [place] * len(known), ".", color=color, alpha=0.4)
-            summary = interval(known)
-            ax.errorbar(summary["mean"], place, xerr=summary["ci95"] or 0, fmt="D", color=color, markersize=4, capsize=2)
-        ax.set_title(title, fontsize=10)
-        ax.grid(axis="x", alpha=0.3)
-    axes[1].axvline(0, color="gray", linewidth=0.8)
-    axes[0].set_yticks(places, names, fontsize=8)
-    figure.suptitle(
-        f"{results['config']['layers']} layers of {results['config']['experts']} experts: dots are seeds, bars 95 % intervals"
-    )
-    return figure
 
 
 def _strength(results: Results, name: str) -> str:

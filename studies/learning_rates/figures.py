@@ -8,13 +8,13 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from examples.shared.palette import color
 from examples.shared.runs import interval
 from studies.saved import Results
 
 from .results import BASE, Arms
 
-# arms of the picture, colours that differ for colour-blind readers too (Okabe and Ito)
-DRAWN = {BASE: "#000000", "slower": "#E69F00", "spread": "#0072B2", "both": "#56B4E9", "balance": "#009E73"}
+DRAWN = (BASE, "slower", "spread", "both", "balance")  # in colour, by name
 OTHERS = "#BBBBBB"
 
 
@@ -39,9 +39,9 @@ def _panel(axis: Axes, arms: Arms) -> None:
         if arm not in DRAWN:
             axis.plot(arms.rates, means, color=OTHERS, linewidth=0.8, zorder=1)
             continue
-        axis.plot(arms.rates, means, color=DRAWN[arm], linewidth=2.4 if arm == BASE else 1.8, zorder=3)
+        axis.plot(arms.rates, means, color=color(arm), linewidth=2.4 if arm == BASE else 1.8, zorder=3)
         low, high = ([mean + side * (p["ci95"] or 0) for mean, p in zip(means, curve, strict=True)] for side in (-1, 1))
-        axis.fill_between(arms.rates, low, high, color=DRAWN[arm], alpha=0.12, linewidth=0, zorder=2)
+        axis.fill_between(arms.rates, low, high, color=color(arm), alpha=0.12, linewidth=0, zorder=2)
     _labels(axis, arms)
     axis.set_xscale("log", base=2)
     axis.set_xticks(arms.rates, [f"{rate:g}" for rate in arms.rates])
@@ -62,7 +62,7 @@ def _labels(axis: Axes, arms: Arms) -> None:
             (arms.rates[-1], value),
             xytext=(1.03, (place - low) / (high - low)),
             textcoords="axes fraction",
-            color=DRAWN[arm],
+            color=color(arm),
             va="center",
             fontsize=9,
         )

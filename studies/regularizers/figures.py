@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from examples.shared.figures import save
+from examples.shared.palette import color
 from examples.shared.runs import interval
 
 from .arms import BASE
@@ -38,9 +39,9 @@ def noise(results: Results) -> Figure:
     curves = {
         arm: _array([[run["test_accuracy"], *run["noise_accuracy"]] for run in runs]) for arm, runs in results["runs"].items()
     }
-    for index, (arm, of_arm) in enumerate(curves.items()):
-        _band(left, levels, of_arm, f"C{index}", arm)
-        _band(middle, levels, of_arm - curves[BASE], f"C{index}", arm)
+    for arm, of_arm in curves.items():
+        _band(left, levels, of_arm, arm)
+        _band(middle, levels, of_arm - curves[BASE], arm)
     left.set_title("test accuracy, %", fontsize=10)
     middle.set_title(f"less that of {BASE} with the same seed, points", fontsize=10)
     for axes in (left, middle):
@@ -78,7 +79,7 @@ def sigma(results: Results) -> Figure:
     for index, (arm, runs) in enumerate(results["runs"].items()):
         mean, half = _intervals(_array([run["sigma"] for run in runs]))
         places = np.arange(len(names)) + (index - (len(results["runs"]) - 1) / 2) * width
-        axes.bar(places, mean, width, yerr=half, capsize=2, color=f"C{index}", label=arm)
+        axes.bar(places, mean, width, yerr=half, capsize=2, color=color(arm), label=arm)
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(bottom=0)
@@ -108,9 +109,9 @@ def energy(results: Results) -> Figure:
     figure, grid = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3.4), layout="constrained", squeeze=False)
     for place, (axes, name) in enumerate(zip(grid[0], names, strict=True)):
         kind = "energy" if name == "head" else "half_energy"
-        for index, (arm, runs) in enumerate(results["runs"].items()):
+        for arm, runs in results["runs"].items():
             curves = _array([[row[kind][place] for row in run["history"]] for run in runs])
-            _band(axes, range(1, curves.shape[1] + 1), curves, f"C{index}", arm)
+            _band(axes, range(1, curves.shape[1] + 1), curves, arm)
         axes.set_title(f"{name}, {'full' if name == 'head' else 'half'} space", fontsize=10)
         axes.set_xlabel("epoch")
     grid[0][0].set_ylabel("energy of the rows' directions, s = 2")
@@ -121,14 +122,14 @@ def energy(results: Results) -> Figure:
 def coefficients(results: Results) -> Figure:
     """The grid that coefficients were chosen from; a ring marks the chosen one."""
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    for index, (arm, points) in enumerate(results["tuning"].items()):
+    for arm, points in results["tuning"].items():
         multiples, scores = [point["multiple"] for point in points], [point["val_accuracy"] for point in points]
         if multiples == [0.0]:
-            axes.axhline(scores[0], color=f"C{index}", label=arm, linestyle="--")
+            axes.axhline(scores[0], color=color(arm), label=arm, linestyle="--")
             continue
-        axes.plot(multiples, scores, color=f"C{index}", marker="o", markersize=4, label=arm)
+        axes.plot(multiples, scores, color=color(arm), marker="o", markersize=4, label=arm)
         chosen = results["chosen"][arm]["multiple"]
-        axes.plot(chosen, scores[multiples.index(chosen)], "o", color=f"C{index}", markersize=11, fillstyle="none")
+        axes.plot(chosen, scores[multiples.index(chosen)], "o", color=color(arm), markersize=11, fillstyle="none")
     axes.set_xscale("log")
     axes.set(
         xlabel="multiple of the published coefficient", ylabel="mean validation accuracy, %", title="Choice of coefficients"
@@ -151,10 +152,10 @@ def _intervals(samples: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.
     return _array([[entry["mean"] for entry in entries]])[0], _array([[entry["ci95"] or 0.0 for entry in entries]])[0]
 
 
-def _band(axes: Axes, places: Any, curves: np.ndarray[Any, Any], color: str, label: str) -> None:
+def _band(axes: Axes, places: Any, curves: np.ndarray[Any, Any], label: str) -> None:
     mean, half = _intervals(curves)
-    axes.plot(places, mean, color=color, label=label, linewidth=1.6)
-    axes.fill_between(places, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
+    axes.plot(places, mean, color=color(label), label=label, linewidth=1.6)
+    axes.fill_between(places, mean - half, mean + half, color=color(label), alpha=0.15, linewidth=0)
 
 
 def _dots(axes: Axes, results: Results, name: str) -> None:
@@ -164,8 +165,8 @@ def _dots(axes: Axes, results: Results, name: str) -> None:
 def _points(axes: Axes, arms: list[str], samples: np.ndarray[Any, Any]) -> None:
     """samples (arms, seeds): a dot a seed, beside the mean with its interval."""
     mean, half = _intervals(samples.T)
-    for index in range(len(arms)):
-        axes.plot(np.full(samples.shape[1], index - 0.12), samples[index], "o", color=f"C{index}", markersize=4, alpha=0.5)
-        axes.errorbar(index + 0.12, mean[index], half[index], fmt="s", color=f"C{index}", capsize=4, markersize=6)
+    for index, arm in enumerate(arms):
+        axes.plot(np.full(samples.shape[1], index - 0.12), samples[index], "o", color=color(arm), markersize=4, alpha=0.5)
+        axes.errorbar(index + 0.12, mean[index], half[index], fmt="s", color=color(arm), capsize=4, markersize=6)
     axes.set_xticks(range(len(arms)), arms, rotation=20, ha="right", fontsize=8)
     axes.set_xlim(-0.5, len(arms) - 0.5)

@@ -1,6 +1,8 @@
-"""The questions of the study and what its intervals allow to say, by one rule: yes, no or open."""
+"""The claims that the study looks at, and what its intervals allow to say, by one rule: shown, refuted or not shown."""
 
 from __future__ import annotations
+
+from studies.verdicts import SHOWN
 
 from . import failing, parts, posthoc, printed, routing
 from . import statistics as stats
@@ -19,38 +21,38 @@ def sections(results: Results) -> dict[str, str]:
 
 
 def answers(results: Results) -> str:
-    """One row a question, about the deep network where nothing else is said."""
+    """One row a claim, about the deep network where nothing else is said."""
     phase = stats.deepest(results)
     if phase is None:
         return ABSENT
     rows = [
-        ["Does the linear baseline collapse to one path?", *failing.alone(results, phase)],
-        ["When does a network fail?", *failing.answer(results)],
+        ["The linear baseline collapses to one path", *failing.alone(results, phase)],
+        ["When a network fails", *failing.answer(results)],
     ]
     for other in OTHERS:
-        rows.append([f"Is spectral more accurate than {other}?", *_accuracy(results, phase, other)])
+        rows.append([f"Spectral is more accurate than {other}", *_accuracy(results, phase, other)])
     for other in OTHERS:
-        rows.append([f"Has spectral a higher delta than {other} at equal plasticity?", *_delta(results, phase, other)])
-    rows.append(["Do the paper's differences fit into our intervals?", *_printed(results)])
-    rows.append(["Who forgets most where updates do harm? (not in the protocol)", *_harm(results, phase)])
+        rows.append([f"Spectral has a higher delta than {other} at equal plasticity", *_delta(results, phase, other)])
+    rows.append(["The paper's differences fit into our intervals", *_printed(results)])
+    rows.append(["Who forgets most where updates do harm (not in the protocol)", *_harm(results, phase)])
     for other in OTHERS:
-        question = f"Does spectral separate the classes by path more than {other}?"
+        question = f"Spectral separates the classes by path more than {other}"
         rows.append([question, *routing.answer(results, ("spectral", other), routing.SEPARATION)])
-    question = "Does the balance loss alone, on a linear gate?"
+    question = "So does the balance loss alone, on a linear gate"
     rows.append([question, *routing.answer(results, ("baseline+balance", "baseline"), routing.SEPARATION)])
-    question = "Does the penalty raise the stable rank?"
+    question = "The penalty raises the stable rank"
     rows.append([question, *routing.answer(results, ("spectral", "clustering"), "stable rank")])
-    question = "What do balance loss, prototypes and penalty do to accuracy and delta, each by itself?"
+    question = "Balance loss, prototypes and penalty change accuracy or delta, each by itself"
     rows.append([question, *parts.certain(parts.effects_of(results, phase))])
     elsewhere = {key: found for key, found in parts.phases_of(results).items() if key[0] != phase}
-    rows.append(["Does spectral differ in the other phases, in accuracy or delta?", *parts.certain(elsewhere)])
-    question = "Which change of the spectral router's settings does something?"
+    rows.append(["Spectral differs in the other phases, in accuracy or delta", *parts.certain(elsewhere)])
+    question = "Another setting of the spectral router differs"
     rows.append([question, *parts.certain(parts.factors_of(results))])
     told = [f"spectral − {other}: {said(posthoc.late_difference(results, phase, 'spectral', other))}" for other in OTHERS[:2]]
-    question = f"And the accuracy of validation images, mean of the last {posthoc.LAST} epochs? (not in the protocol)"
+    question = f"The same, on validation images, mean of the last {posthoc.LAST} epochs (not in the protocol)"
     rows.insert(5, [question, together([one.split(": ")[1] for one in told]), "<br>".join(told)])
-    rows.append(["Does the best setting found beat both other routers on fresh seeds?", *_better(results)])
-    return words(["question", "answer", "numbers"], rows) + f"\n{phase} where the row names no other.\n"
+    rows.append(["The best setting found beats both other routers on fresh seeds", *_better(results)])
+    return words(["claim", "verdict", "numbers"], rows) + f"\n{phase} where the row names no other.\n"
 
 
 def _accuracy(results: Results, phase: str, other: str) -> Row:
@@ -94,7 +96,7 @@ def _harm(results: Results, phase: str) -> Row:
             one = found.get((pair, rule["name"], "delta"))
             rows.append(f"{place}, {' − '.join(pair)}: {said(one, 'higher', 'lower')}")
             if place == phase and pair[1] == "baseline":
-                verdicts.append(f"{pair[0]} keeps more than baseline: {verdict(one)}")
+                verdicts.append(f"{pair[0]} keeps more than baseline: {verdict(one)}, by itself")
     if not rows:
         return ["no runs", ""]
     learned = posthoc.largest_of(results, phase).get((("spectral", "baseline"), rule["name"], "learned"))
@@ -114,4 +116,4 @@ def _better(results: Results) -> Row:
         for (router, label), difference in found.differences.items()
         if label in found.decisive
     ]
-    return ["**yes**" if found.shown else "**not shown**", f"{found.setting}. " + "; ".join(told)]
+    return ["**shown**" if found.shown else SHOWN[0], f"{found.setting}. " + "; ".join(told)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from examples.shared.runs import interval
+from studies.verdicts import CERTAIN, SHOWN
 
-from .statistics import CERTAIN, Difference, side
+from .statistics import Difference, side
 
 NOTHING = "–"
 
@@ -47,12 +48,12 @@ def words(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return table(head, rows).replace("---:", "---")
 
 
-def verdict(difference: Difference | None, better: str = "**yes**", worse: str = "**no**") -> str:
+def verdict(difference: Difference | None, better: str = "**shown**", worse: str = "**refuted**") -> str:
     if difference is None:
         return "no runs"
     if not difference.enough:
-        return f"too few ({difference.n} of {difference.of})"
-    return {1: better, -1: worse, 0: "open"}[side(difference)]
+        return f"{SHOWN[0]}, too few ({difference.n} of {difference.of})"
+    return {1: better, -1: worse, 0: SHOWN[0]}[side(difference)]
 
 
 def numbers(difference: Difference | None) -> str:
@@ -61,8 +62,15 @@ def numbers(difference: Difference | None) -> str:
     return f"{gap(difference)}, {chance(difference.p)}, n {difference.n}"
 
 
-def said(difference: Difference | None, better: str = "**yes**", worse: str = "**no**") -> str:
+def said(difference: Difference | None, better: str = "**shown**", worse: str = "**refuted**") -> str:
     return f"{verdict(difference, better, worse)}: {numbers(difference)}"
+
+
+def span(values: Iterable[float], form: str) -> str:
+    """ "As "+0.15 to +1.05", or one number where the ends are written alike."""
+    values = list(values)
+    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    return low if low == high else f"{low} to {high}"
 
 
 def together(verdicts: Sequence[str]) -> str:

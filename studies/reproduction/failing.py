@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from studies.verdicts import SHOWN
+
 from . import statistics as stats
 from .cells import chance, level, table
 from .statistics import Record, Results
@@ -61,7 +63,7 @@ def collapse(results: Results) -> str:
 
 
 def alone(results: Results, phase: str) -> list[str]:
-    """Does the linear baseline collapse to one path?"""
+    """Whether the linear baseline collapses to one path."""
     failing = [arm for arm in _arms(results, "failure") if arm.startswith("baseline, ")]
     groups = {f"in {phase}": stats.select(results, "main", phase, "baseline")}
     phases = [name for name in results["protocol"]["main"]["phases"] if name != phase]
@@ -76,15 +78,14 @@ def alone(results: Results, phase: str) -> list[str]:
     if not everyone:
         return ["no runs", ""]
     kept = count_collapsed(results, stats.trained(results, everyone))
-    some = "**yes**" if sum(on_one.values()) == len(everyone) else "**where training fails**" if not kept else "**sometimes**"
+    low, high = share(sum(on_one.values()), len(everyone))
+    some = "**shown**" if low > 0.5 else "**refuted**" if high < 0.5 else SHOWN[0]
     counts = "; ".join(f"{name}: {count} of {len(groups[name])}" for name, count in on_one.items())
-    if not any(on_one.values()):
-        return ["**no**", f"{counts}."]
     return [some, f"{counts}. Of these {sum(on_one.values())} trained all the same: {kept}."]
 
 
 def answer(results: Results) -> list[str]:
-    """When does a network fail? Condition by condition, with an exact test where it depends on the router."""
+    """When a network fails, condition by condition, with an exact test where it depends on the router."""
     counts = conditions(results)
     if not counts:
         return ["no runs", ""]
@@ -115,6 +116,23 @@ def conditions(results: Results) -> dict[str, Counts]:
         if counts:
             found[condition] = counts
     return found
+
+
+def apart(results: Results) -> dict[str, Counts]:
+    """The conditions in which it depends on the router who fails."""
+    return {
+        condition: of
+        for condition, of in conditions(results).items()
+        if 0 < sum(lost for lost, _ in of.values()) < sum(number for _, number in of.values())
+    }
+
+
+def share(count: int, of: int) -> tuple[float, float]:
+    """Exact 95 % interval of a share (Clopper and Pearson)."""
+    from scipy.stats import binomtest
+
+    low, high = binomtest(count, of).proportion_ci(0.95, "exact")
+    return float(low), float(high)
 
 
 def fisher(one: tuple[int, int], other: tuple[int, int]) -> float:

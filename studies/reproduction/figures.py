@@ -1,4 +1,4 @@
-"""The pictures of the page, in colours that a colour-blind reader can tell apart. Figures 1 and 5 of the paper are drawings."""
+"""The pictures of the pages. Figures 1 and 5 of the paper are drawings; a run of the example draws its own figures 2 to 4."""
 
 from __future__ import annotations
 
@@ -12,40 +12,39 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from examples.image_classification import figures as single
-from examples.shared.figures import plain, save
+from examples.shared.figures import lanes, plain, save
+from examples.shared.palette import NEUTRAL, color
 from examples.shared.runs import interval
 
+from . import routing
 from . import statistics as stats
-from .curves import plasticity
-from .palette import COLORS, ROUTERS
-from .statistics import Difference, Record, Results
+from .cells import span
+from .failing import conditions
+from .forgetting import forgetting
+from .statistics import Difference, Quantity, Record, Results
 from .sweep import sweep_arms, sweep_rule, swept
 from .tables import routers_of
 
+DOTS = "dots: seeds; diamond: their mean, with its 95 % interval"
 PAPER = ("baseline", "clustering", "spectral")
-PATHS = {"photos-2x2-small": "figure 2", "photos-2x2": "figure 3", "photos-4x4": "figure 4"}  # of the paper
 WIDEST = 4.0  # an interval of the sweep that is wider than so many times the usual one does not set the axis
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
     """Draw what the results have into `folder`."""
-    with plt.rc_context({"axes.prop_cycle": cycler(color=COLORS)}):
-        return save(pictures(results), results, folder)
+    return save(pictures(results), results, folder)
 
 
 def pictures(results: Results) -> dict[str, Callable[[Results], Figure]]:
     """What there is to draw, by the name of its file."""
-    made: dict[str, Callable[[Results], Figure]] = {
-        f"paths-{phase}": partial(paths, phase=phase) for phase in pictured(results)
-    }
+    made: dict[str, Callable[[Results], Figure]] = {}
     deep = stats.deepest(results)
     if deep is not None:
-        made |= {"accuracy": accuracy, "plasticity": partial(plasticity, phase=deep)}
+        made |= {"accuracy": accuracy, "paths": paths, "forgetting": partial(forgetting, phase=deep)}
         if _seeds(results, deep):
             made["gradients"] = partial(gradients, phase=deep)
     if stats.select(results, "sweep"):
@@ -55,16 +54,19 @@ def pictures(results: Results) -> dict[str, Callable[[Results], Figure]]:
     return {f"reproduction_{name}": make for name, make in made.items()}
 
 
-def pictured(results: Results) -> list[str]:
-    """The phases of figures 2 to 4; where there are no photos, those that are there."""
-    present = [phase for phase in results["protocol"]["main"]["phases"] if _seeds(results, phase)]
-    return [phase for phase in PATHS if phase in present] or present
+def paths(results: Results) -> Figure:
+    """How much of the class the path tells: a dot a seed, by phase, all on one scale."""
+    figure = _panels(results, routing.information)
+    figure.supxlabel(
+        f"share of the class that the path tells, beyond chance (1: every class has its own paths)\n{DOTS}", fontsize=9
+    )
+    return figure
 
 
-def paths(results: Results, phase: str) -> Figure:
-    figure = single.paths(_view(results, phase, _seeds(results, phase)))
-    told = f", as {PATHS[phase]}" if phase in PATHS else ""
-    figure.suptitle(f"{phase}{told}: path through the layers, by class (share of the test images)")
+def accuracy(results: Results) -> Figure:
+    """A dot a seed, by phase, all on one scale."""
+    figure = _panels(results, stats.accuracy)
+    figure.supxlabel(f"test accuracy, %\n{DOTS}", fontsize=9)
     return figure
 
 
@@ -72,24 +74,6 @@ def gradients(results: Results, phase: str) -> Figure:
     figure = single.gradients(_view(results, phase, _seeds(results, phase)[:1]))
     updates = results["protocol"]["settings"]["novel"] * len(results["data"][phase]["classes"])
     figure.suptitle(f"{phase}: gradient norm per expert, mean over {updates} one-shot updates")
-    return figure
-
-
-def accuracy(results: Results) -> Figure:
-    """A dot a seed; failed ones, far below, are crosses at the left edge."""
-    phases = [phase for phase in results["protocol"]["main"]["phases"] if stats.select(results, "main", phase)]
-    columns = min(len(phases), 2)
-    rows = -(-len(phases) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(5 * columns, 0.4 + 1.9 * rows), layout="constrained", squeeze=False)
-    for axes, phase in zip(grid.flat, phases, strict=False):
-        routers = routers_of(results, phase)
-        _dots(axes, results, {router: stats.select(results, "main", phase, router) for router in routers})
-        axes.set_title(phase, fontsize=10)
-    for axes in grid.flat[len(phases) :]:
-        axes.set_axis_off()
-    figure.suptitle(
-        "Test accuracy, %: dots are seeds, bars 95 % intervals of those that trained, crosses failed seeds (not to scale)"
-    )
     return figure
 
 
@@ -111,33 +95,90 @@ def sweep(results: Results) -> Figure:
     grid[0].set_ylim(-0.7, len(names) - 0.3)
     center = results["protocol"]["sweep"]["center"]
     figure.suptitle(
-        f"Difference from {center} as it is; right is higher (95 % intervals; coloured: without 0; arrows: beyond the axis)"
+        f"Difference from {center} as it is: mean and 95 % interval (filled: without 0; arrows: beyond the axis)", fontsize=11
     )
     return figure
 
 
 def failure(results: Results) -> Figure:
+    """Who trains: a mark a seed, and where those that train end."""
     of_stage = results["protocol"]["failure"]
-    conditions = list(of_stage["conditions"])
-    size = (1.5 + 1.75 * len(conditions), 0.9 + 0.3 * len(of_stage["arms"]))
-    figure, grid = plt.subplots(1, len(conditions), figsize=size, sharex=True, sharey=True, layout="constrained", squeeze=False)
-    names = list(reversed(of_stage["arms"]))
-    for axes, condition in zip(grid[0], conditions, strict=True):
-        for place, name in enumerate(names):
+    columns, arms = list(conditions(results)), list(of_stage["arms"])
+    figure, axes = plt.subplots(figsize=(1.8 + 1.7 * len(columns), 1.0 + 0.44 * len(arms)), layout="constrained")
+    for column, condition in enumerate(columns):
+        for row, name in enumerate(arms):
             runs = stats.select(results, "failure", arm=f"{name}, {condition}")
-            color = ROUTERS[of_stage["arms"][name]["routers"][0]]
-            for run in runs:
-                alone = stats.is_collapsed(results, run)
-                axes.plot(run["accuracy"], place, "x" if alone else "o", color=color, markersize=6, alpha=0.75)
-        axes.axvline(results["protocol"]["failed"]["accuracy_below"], color="gray", linestyle=":", linewidth=1)
-        axes.set_title(condition.replace(", ", ",\n"), fontsize=9)
-        axes.set_xticks([25, 50, 75, 100])
-        axes.set_xlim(15, 105)
-        axes.grid(axis="x", alpha=0.3)
-    grid[0, 0].set_yticks(range(len(names)), names, fontsize=8)
-    grid[0, 0].set_ylim(-0.6, len(names) - 0.4)
-    figure.supxlabel("test accuracy, % (left of the dotted line: failed; cross: one path takes all)", fontsize=9)
+            shade = color(of_stage["arms"][name]["routers"][0])
+            for place, run in zip(_spread(len(runs)), sorted(runs, key=lambda one: _rank(results, one)), strict=True):
+                lost = stats.has_failed(results, run)
+                marker = "x" if lost and stats.is_collapsed(results, run) else "o"
+                face = "none" if lost else shade
+                axes.plot(
+                    column + place, row - 0.1, marker, markersize=8, color=shade, markerfacecolor=face, markeredgewidth=1.5
+                )
+            kept = [run["accuracy"] for run in stats.trained(results, runs)]
+            told = "all fail" if not kept else f"{span(kept, '.0f')} %"
+            axes.text(column, row + 0.34, told, ha="center", va="center", fontsize=8, color=NEUTRAL if kept else "#999999")
+    for line in range(1, len(columns)):
+        axes.axvline(line - 0.5, color="#DDDDDD", linewidth=1)
+    axes.set_xticks(range(len(columns)), [name.replace(", ", ",\n") for name in columns], fontsize=9)
+    axes.set_yticks(range(len(arms)), arms, fontsize=9)
+    axes.set_xlim(-0.5, len(columns) - 0.5)
+    axes.set_ylim(len(arms) - 0.4, -0.6)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    axes.set_title(
+        "A mark a network. Filled: it trains, and ends at this test accuracy; hollow: it fails; cross: it fails, on one path",
+        fontsize=9,
+    )
     return figure
+
+
+def _panels(results: Results, quantity: Quantity) -> Figure:
+    """A panel a phase on one scale: a dot a seed, the mean and its 95 % interval; failed seeds are hollow."""
+    phases = [phase for phase in results["protocol"]["main"]["phases"] if stats.select(results, "main", phase)]
+    columns = min(len(phases), 2)
+    rows = -(-len(phases) // columns)
+    tall = [
+        max(len(routers_of(results, phase)) for phase in phases[row * columns : (row + 1) * columns]) for row in range(rows)
+    ]
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(4.4 * columns, 0.5 + sum(0.4 + 0.36 * count for count in tall)), layout="constrained",
+        squeeze=False, sharex=True, height_ratios=tall,
+    )  # fmt: skip
+    for axes, phase in zip(grid.flat, phases, strict=False):
+        _dots(axes, results, phase, quantity)
+        axes.set_title(phase,
+                       fontsize=9)  # fmt: skip
+    for axes in grid.flat[len(phases) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def _dots(axes: Axes, results: Results, phase: str, quantity: Quantity) -> None:
+    routers = routers_of(results, phase)
+    for place, router in enumerate(reversed(routers)):
+        records = stats.select(results, "main", phase, router)
+        kept = list(stats.known(stats.trained(results, records), quantity).values())
+        lost = list(stats.known([one for one in records if stats.has_failed(results, one)], quantity).values())
+        for values, face in ((kept, color(router)), (lost, "none")):
+            axes.scatter(values, place + 0.16 + lanes(values), s=14, facecolors=face, edgecolors=color(router), alpha=0.6)
+        if kept:
+            summary = interval(list(kept))
+            axes.errorbar(summary["mean"], place - 0.22, xerr=summary["ci95"] or 0, fmt="D", color=color(router), markersize=5,
+                          capsize=2)  # fmt: skip
+    axes.set_yticks(range(len(routers)), [plain(name) for name in reversed(routers)], fontsize=8)
+    axes.set_ylim(-0.6, len(routers) - 0.4)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _rank(results: Results, run: Record) -> tuple[bool, bool, float]:
+    """The best first, and those on one path last."""
+    return stats.has_failed(results, run), stats.is_collapsed(results, run), -(run["accuracy"] or 0.0)
+
+
+def _spread(count: int) -> Any:
+    return 0.17 * (np.arange(count) - (count - 1) / 2)
 
 
 def _view(results: Results, phase: str, seeds: list[int]) -> dict[str, Any]:
@@ -166,33 +207,6 @@ def _seeds(results: Results, phase: str) -> list[int]:
     return sorted(set.intersection(*kept)) if kept else []
 
 
-def _dots(axes: Axes, results: Results, groups: dict[str, list[Record]]) -> None:
-    values = {
-        name: list(stats.known(stats.trained(results, records), stats.accuracy).values()) for name, records in groups.items()
-    }
-    bars = {name: interval(list(kept)) for name, kept in values.items() if kept}
-    ends = [bar["mean"] + sign * (bar["ci95"] or 0) for bar in bars.values() for sign in (-1, 1)]
-    shown = [value for kept in values.values() for value in kept] + ends or [0.0, 100.0]
-    low, high = max(min(shown), 0.0), min(max(shown), 100.0)
-    margin = max(0.08 * (high - low), 0.5)
-    for place, (name, records) in enumerate(reversed(groups.items())):
-        kept = values[name]
-        axes.plot(kept, [place] * len(kept), ".", color=ROUTERS[name], alpha=0.5)
-        if kept:
-            summary = interval(list(kept))
-            axes.errorbar(
-                summary["mean"], place, xerr=summary["ci95"] or 0, fmt="D", color=ROUTERS[name], markersize=4, capsize=2
-            )
-        lost = len(records) - len(kept)
-        if lost:
-            axes.plot(low - margin, place, "x", color=ROUTERS[name], markersize=7, markeredgewidth=2)
-            axes.annotate(f"{lost} failed", (low - margin, place), (-6, 6), textcoords="offset points", fontsize=7)
-    axes.set_yticks(range(len(groups)), [plain(name) for name in reversed(groups)], fontsize=8)
-    axes.set_ylim(-0.6, len(groups) - 0.4)
-    axes.set_xlim(low - 2 * margin, high + margin)
-    axes.grid(axis="x", alpha=0.3)
-
-
 def _reach(differences: list[Difference]) -> float:
     """Half the width of an axis on which all but the very wide intervals have room."""
     ends = [abs(found.mean) + (found.half or 0.0) for found in differences]
@@ -204,14 +218,16 @@ def _difference(axes: Axes, place: int, found: Difference | None, reach: float) 
     if found is None:
         axes.text(0, place, "not reached", ha="center", va="center", fontsize=7)
         return
-    color = ROUTERS["spectral"] if stats.side(found) > 0 else ROUTERS["baseline"] if stats.side(found) < 0 else "#888888"
+    face = NEUTRAL if stats.side(found) else "white"
     if abs(found.mean) >= reach:  # beyond the axis: its numbers, at the edge where it lies
         sign = 1 if found.mean > 0 else -1
-        axes.plot(0.97 * sign * reach, place, ">" if sign > 0 else "<", color=color)
+        axes.plot(0.97 * sign * reach, place, ">" if sign > 0 else "<", color=NEUTRAL)
         told = f"{found.mean:+.1f}" + ("" if found.half is None else f" ± {found.half:.1f}")
         axes.text(0.92 * sign * reach, place, told, ha="right" if sign > 0 else "left", va="center", fontsize=7)
         return
-    axes.errorbar(found.mean, place, xerr=found.half or 0, fmt="o", color=color, markersize=4, capsize=2)
+    axes.errorbar(
+        found.mean, place, xerr=found.half or 0, fmt="o", color=NEUTRAL, markerfacecolor=face, markersize=5, capsize=2
+    )
     for sign, marker in ((-1, "<"), (1, ">")):  # an interval that goes on beyond the axis
         if sign * found.mean + (found.half or 0.0) > reach:
-            axes.plot(0.985 * sign * reach, place, marker, color=color, markersize=5)
+            axes.plot(0.985 * sign * reach, place, marker, color=NEUTRAL, markersize=5)

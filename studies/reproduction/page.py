@@ -1,4 +1,4 @@
-"""All that saved results say: the named sections that docs/reproduction.md takes in, and the pictures."""
+"""All that saved results say: the named sections that the pages docs/reproduction*.md take in, and the pictures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from examples.shared.storage import write_atomically
 
-from . import answers, failing, figures, headlines, parts, posthoc, printed, routing, stages, sweep, tables
+from . import answers, failing, figures, parts, posthoc, printed, routing, stages, sweep, tables, verdict
 from . import statistics as stats
 from .cells import words
 from .protocol import STAGES
@@ -14,12 +14,12 @@ from .statistics import Results
 
 NAME = "reproduction_tables.md"
 CAPTIONS = {  # of a section of pictures, by how their names begin
-    "paths": "Share of the test images, by class, that take each path",
+    "paths": "How much of the class the path tells, a dot a seed, by phase and router",
     "gradients": "Gradient norm per expert and layer, mean over the one-shot updates",
-    "plasticity": "The share of the novel loss that is taken away and the mean delta, by rate",
-    "accuracy": "Test accuracy of each seed",
+    "forgetting": "The change of accuracy by an update: where equally much is learned, and at the largest rate",
+    "accuracy": "Test accuracy, a dot a seed, by phase and router",
     "sweep": "Differences of accuracy and delta from the spectral router as it is",
-    "failure": "Accuracy of each seed, by condition and router",
+    "failure": "Which networks train, and the accuracy of those that do, by condition and router",
 }
 
 
@@ -34,7 +34,7 @@ def text(results: Results) -> str:
     """The sections, as pymdownx.snippets reads them."""
     sections = (
         {"protocol": protocol(results)}
-        | headlines.sections(results)
+        | verdict.sections(results)
         | answers.sections(results)
         | printed.sections(results)
         | tables.sections(results)

@@ -56,7 +56,7 @@ def factors(results: Results) -> str:
             of = {level: found[factor, level, quantity] for level in levels}
             told = [f"{level}: {said(one, '**higher**', '**lower**')}" for level, one in of.items() if stats.side(one)]
             told += [f"{level}: {verdict(one)}" for level, one in of.items() if one is not None and not one.enough]
-            row.append("<br>".join(told) or "open for every level")
+            row.append("<br>".join(told) or "not shown for any level")
         rows.append(row)
     head = ["factor", "levels", *(f"{quantity} − {center}" for quantity in quantities)]
     return words(head, rows) + f"\nValidation images of tuning seeds. {expected(found.values())} {holm(found)}\n"
@@ -74,7 +74,7 @@ def phases(results: Results) -> str:
         return "; ".join(f"{other}: {verdict(one)}" for other, one in of.items()) or NOTHING
 
     rows = [[phase, *(cell(phase, name) for name in shown)] for phase in dict.fromkeys(phase for phase, _, _ in found)]
-    return words(["is spectral higher in", *shown], rows) + f"\n{expected(found.values())}\n"
+    return words(["spectral is higher in", *shown], rows) + f"\n{expected(found.values())}\n"
 
 
 def effects_of(results: Results, phase: str) -> Differences:

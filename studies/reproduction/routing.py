@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from studies.verdicts import SHOWN
+
 from . import statistics as stats
 from .cells import chance, gap, said, table, verdict
 from .statistics import CERTAIN, Difference, Quantity, Record, Results
@@ -68,10 +70,13 @@ def answer(results: Results, pair: tuple[str, str], name: str) -> list[str]:
     found = {phase: one for (phase, of, what), one in differences(results).items() if (of, what) == (pair, name)}
     if not found:
         return ["no runs", ""]
-    held = {word: [phase for phase, one in found.items() if verdict(one, "yes", "no") == word] for word in ("yes", "no")}
+    held = {
+        word: [phase for phase, one in found.items() if verdict(one, SHOWN[1], SHOWN[-1]) == word]
+        for word in (SHOWN[1], SHOWN[-1])
+    }
     verdicts = [f"**{word}** in {', '.join(phases)}" for word, phases in held.items() if phases]
     rest = len(found) - sum(map(len, held.values()))
     if rest:
-        verdicts.append(f"open in {rest} of {len(found)} phases" if rest < len(found) else "open in every phase")
+        verdicts.append(f"{SHOWN[0]} in {rest} of {len(found)} phases" if rest < len(found) else f"{SHOWN[0]} in any phase")
     shown = [phase for phase in found if phase == stats.deepest(results) or stats.side(found[phase])]
     return ["; ".join(verdicts), "<br>".join(f"{phase}: {said(found[phase], 'higher', 'lower')}" for phase in shown)]

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from examples.shared.runs import interval
 from studies.oneshot.plasticity import interference
+from studies.verdicts import CERTAIN as CERTAIN
+from studies.verdicts import holm as holm
 
 from . import choice
 
@@ -20,7 +22,6 @@ Record = dict[str, Any]
 Results = dict[str, Any]
 Rule = dict[str, Any]
 Quantity = Callable[[Record], float | None]
-CERTAIN = 0.05  # intervals hold 95 %
 ENOUGH = 0.8  # of the protocol's seeds: of fewer pairs nothing is said, for who is missing is no accident
 
 
@@ -153,17 +154,6 @@ def seeds_of(results: Results, stage: str) -> int:
     """How many the protocol gives."""
     _, count = results["protocol"][stage]["seeds"]
     return int(count)
-
-
-def holm(ps: Sequence[float | None]) -> list[float | None]:
-    """p adjusted for the number of tests, by Holm's step-down method; None, no test, stays None and does not count."""
-    order = sorted((p, index) for index, p in enumerate(ps) if p is not None)
-    adjusted: list[float | None] = [None] * len(ps)
-    largest = 0.0
-    for rank, (p, index) in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p))
-        adjusted[index] = largest
-    return adjusted
 
 
 def within(groups: Iterable[Sequence[tuple[float, float]]]) -> float | None:

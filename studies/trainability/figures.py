@@ -7,20 +7,21 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from examples.shared.palette import color
 from examples.shared.runs import interval
 from studies.saved import Results
 
 from .results import Runs
 
-# Okabe and Ito's colours; a control is solid, what is added to it dashed
+SLOWER = ", gate rate / 10"  # has the colour of the arm that it is added to
 STYLES = {
-    "linear+balance": ("#000000", "-"),
-    "linear+balance, gate rate / 10": ("#000000", ":"),
-    "linear+balance, residual": ("#999999", "--"),
-    "prototypes+balance": ("#E69F00", "-"),
-    "prototypes+balance, gate rate / 10": ("#E69F00", ":"),
-    "spectral": ("#0072B2", "-"),
-    "spectral, relative": ("#56B4E9", "-"),
+    "linear+balance": "-",
+    f"linear+balance{SLOWER}": ":",
+    "linear+balance, residual": "--",
+    "prototypes+balance": "-",
+    f"prototypes+balance{SLOWER}": ":",
+    "spectral": "-",
+    "spectral, relative": "-",
 }
 
 
@@ -31,10 +32,11 @@ def accuracy(results: Results) -> Figure:
     )
     for axis, depth in zip(axes[0], runs.depths, strict=True):
         conditions = runs.at_depth(depth)
-        for arm, (colour, line) in STYLES.items():
+        for arm, line in STYLES.items():
+            paint = color(arm.removesuffix(SLOWER))
             points = [interval(list(runs.accuracy(arm, condition).values())) for condition in conditions.values()]
             means = [point["mean"] for point in points]
-            axis.plot(list(conditions), means, color=colour, linestyle=line, label=arm, linewidth=1.8, marker="o", markersize=3)
+            axis.plot(list(conditions), means, color=paint, linestyle=line, label=arm, linewidth=1.8, marker="o", markersize=3)
         axis.axhline(10, color="#CCCCCC", linewidth=0.8, zorder=0)
         axis.set_xscale("log")
         axis.set_xticks(list(conditions), [f"{rate:g}" for rate in conditions])

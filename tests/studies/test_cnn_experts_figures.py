@@ -106,11 +106,11 @@ def test_claims_are_judged_by_paired_differences():
     )
     *_, general, accuracy = judged
     assert [row["comparison"] for row in general["rows"]] == ["hard - quiet"]
-    assert general["verdict"] == "supported"
+    assert general["verdict"] == "shown"
     found = {row["comparison"]: (row["mean"], row["verdict"]) for row in accuracy["rows"]}
-    assert found["hard - plain"] == (pytest.approx(-5), "contradicted")
-    assert found["hard - quiet"] == (pytest.approx(3), "supported")
-    assert found["hard - none"] == (pytest.approx(2), "supported")
+    assert found["hard - plain"] == (pytest.approx(-5), "refuted")
+    assert found["hard - quiet"] == (pytest.approx(3), "shown")
+    assert found["hard - none"] == (pytest.approx(2), "shown")
     assert "hard - soft" not in found
     assert accuracy["verdict"] == "mixed"
     assert [claim["verdict"] for claim in judged[:2]] == 2 * ["not run"]
@@ -118,8 +118,8 @@ def test_claims_are_judged_by_paired_differences():
 
 @pytest.mark.parametrize(
     ("mean", "half", "sign", "expected"),
-    [(1, 0.9, 1, "supported"), (1, 0.9, -1, "contradicted"), (1, 1.1, 1, "open"), (-1, 0.9, -1, "supported"),
-     (1, None, 1, "open"), (math.nan, math.nan, 1, "open"), (0, 0, 1, "open")],
+    [(1, 0.9, 1, "shown"), (1, 0.9, -1, "refuted"), (1, 1.1, 1, "not shown"), (-1, 0.9, -1, "shown"),
+     (1, None, 1, "not shown"), (math.nan, math.nan, 1, "not shown"), (0, 0, 1, "not shown")],
 )  # fmt: skip
 def test_a_verdict_is_where_the_interval_lies(mean, half, sign, expected):
     assert claims.verdict({"mean": mean, "ci95": half}, sign) == expected
@@ -127,11 +127,11 @@ def test_a_verdict_is_where_the_interval_lies(mean, half, sign, expected):
 
 @pytest.mark.parametrize(
     ("verdicts", "expected"),
-    [("supported supported", "supported"), ("supported open", "partly supported"), ("open open", "open"), ("", "not run"),
-     ("contradicted open", "partly contradicted"), ("supported open contradicted", "mixed")],
+    [(["shown", "shown"], "shown"), (["shown", "not shown"], "partly shown"), (["not shown", "not shown"], "not shown"),
+     ([], "not run"), (["refuted", "not shown"], "partly refuted"), (["shown", "not shown", "refuted"], "mixed")],
 )  # fmt: skip
 def test_a_claim_is_what_its_comparisons_are(verdicts, expected):
-    assert claims.overall(verdicts.split()) == expected
+    assert claims.overall(verdicts) == expected
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_results_say_what_was_run(run, photos):
     for claim in results["claims"]:
         assert claim["rows"]
         for row in claim["rows"]:
-            assert row["verdict"] in ("supported", "contradicted", "open")
+            assert row["verdict"] in ("shown", "refuted", "not shown")
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -1,12 +1,13 @@
 """What the page of the reproduction says in words: on made-up records, and where it can be computed by hand."""
 
 import copy
+import re
 from itertools import pairwise
 
 import pytest
 import reproduction_records as made_up
 
-from studies.reproduction import answers, cells, failing, headlines, parts, posthoc, printed, routing, sweep
+from studies.reproduction import answers, cells, failing, parts, posthoc, printed, routing, sweep, verdict
 from studies.reproduction import statistics as stats
 
 
@@ -21,11 +22,11 @@ def of_every(results: dict, arm: str) -> list[dict]:
 
 def test_words_for_few_and_for_several():
     few = stats.Difference(2.0, 1.0, 0.01, 3, 10)
-    assert cells.verdict(few) == "too few (3 of 10)"
+    assert cells.verdict(few) == "not shown, too few (3 of 10)"
     assert cells.said(few).endswith("+2.00 ± 1.00, p .010, n 3")
     assert cells.verdict(None) == "no runs"
-    assert cells.together(["open", "open"]) == "open"
-    assert cells.together(["open", "**no**", "open"]) == "open in 2; **no** in 1"
+    assert cells.together(["not shown", "not shown"]) == "not shown"
+    assert cells.together(["not shown", "**refuted**", "not shown"]) == "not shown in 2; **refuted** in 1"
     assert cells.gap(stats.Difference(0.244, 0.2382, 0.047, 3)) == "+0.244 ± 0.238"
 
 
@@ -52,9 +53,8 @@ def test_the_papers_differences(whole):
     assert found["photos-4x4", ("spectral", "clustering"), "mean delta"].paper == pytest.approx(0.90)
     assert one._replace(ours=stats.Difference(8.0, 1.0, 0.1, 3, 3)).inside
     assert not one._replace(ours=stats.Difference(8.0, 0.5, 0.1, 3, 3)).inside
-    assert "spectral − baseline is " in headlines.sections(whole)["headlines"]
-    assert "(paper: +8.83, " in headlines.sections(whole)["headlines"]
-    assert "(paper: +3.68, " in headlines.sections(whole)["headlines"]
+    (line,) = [line for line in verdict.sections(whole)["verdict"].splitlines() if "more accurate" in line]
+    assert re.search(r"over baseline [^;]* \(paper \+8\.83\); over clustering [^;]* \(paper \+3\.68\)\.$", line)
 
 
 def test_fishers_exact_test_by_hand():
@@ -67,8 +67,8 @@ def test_when_networks_fail(whole):
     results = copy.deepcopy(whole)
     for run in stats.select(results, "failure"):
         run["accuracy"] = 25.0 if "1e-2" in run["arm"] or run["arm"] == "baseline, rate 3e-3" else 90.0
-    verdict, numbers = failing.answer(results)
-    assert verdict == "of 5 conditions, nobody in 3, all in 1, **by router in 1**"
+    told, numbers = failing.answer(results)
+    assert told == "of 5 conditions, nobody in 3, all in 1, **by router in 1**"
     assert "rate 1e-2: all fail." in numbers
     assert "rate 3e-3 (baseline: 3 of 3, " in numbers
     assert "against baseline p .100" in numbers  # 2 of C(6, 3) = 20
@@ -121,3 +121,51 @@ def test_the_sweep_says_which_level_passes(whole):
     factors = [key[0] for key in parts.factors_of(results)]
     assert "router" not in factors
     assert all(one <= other for one, other in pairwise(map(list(dict.fromkeys(factors)).index, factors)))
+
+
+@pytest.mark.parametrize(("side", "told"), [(1, "Shown: "), (-1, "Refuted: "), (0, "Not shown: ")])
+def test_a_line_of_the_verdict_follows_the_differences(whole, side, told):
+    results = copy.deepcopy(whole)
+    for run in stats.select(results, "main"):
+        above = side * (run["arm"] == "spectral")
+        run["accuracy"] = 80.0 + 5 * above + 0.001 * (run["seed"] + 1) * (-1) ** (run["seed"] * (run["arm"] == "spectral"))
+    text = verdict.sections(results)["verdict"]
+    assert f"- **{told}spectral is more accurate than baseline or clustering**, in 6 phases." in text
+
+
+def test_a_verdict_on_who_trains_needs_more_than_one_small_p(whole):
+    # none of 4 against all of 4 is p .029 in one comparison of six, .171 after adjustment
+    results = copy.deepcopy(whole)
+    results["protocol"]["failure"]["seeds"] = [3000, 4]
+    runs = [
+        run | {"seed": seed}
+        for run in stats.select(results, "failure")
+        for seed in ([3000, 3003] if run["seed"] == 3000 else [run["seed"]])
+    ]
+    for run in runs:
+        lost = run["arm"] in ("baseline, rate 3e-3", "clustering, rate 1e-3, no batch norm") and run["seed"] >= 3000 + (
+            "clustering" in run["arm"]
+        )
+        run["accuracy"] = 25.0 if lost else 90.0
+    results["runs"] = [run for run in results["runs"] if run["stage"] != "failure"] + runs
+    (line,) = [line for line in verdict.sections(results)["verdict"].splitlines() if "other routers fail" in line]
+    assert line.startswith("- **Not shown: ")
+    assert "against baseline at rate 3e-3: p\u00a0.029 by Fisher's exact test, p\u00a0.171 after adjustment for 6" in line
+
+
+@pytest.mark.parametrize(("collapsed", "told"), [(0, "Refuted"), (30, "Not shown"), (60, "Shown")])
+def test_whether_the_baseline_collapses_is_held_against_one_half(whole, collapsed, told):
+    results = copy.deepcopy(whole)
+    record = next(run for run in results["runs"] if run["stage"] == "main" and run["arm"] == "baseline")
+    results["runs"] = [
+        record | {"seed": seed, "routing": record["routing"] | {"top_path_share": float(seed < collapsed)}}
+        for seed in range(60)
+    ]
+    (line,) = [line for line in verdict.sections(results)["verdict"].splitlines() if "collapses" in line]
+    assert line.startswith(f"- **{told}: the linear baseline collapses to one path.** {collapsed} of 60")
+
+
+def test_the_interval_of_a_share_by_hand():
+    # none of n: the upper end is 1 - 0.025^(1/n)
+    assert failing.share(0, 4) == pytest.approx((0.0, 1 - 0.025 ** (1 / 4)))
+    assert failing.share(4, 4) == pytest.approx((0.025 ** (1 / 4), 1.0))

@@ -1,0 +1,62 @@
+"""A picture of means and intervals: a row an arm, a column a quantity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from textwrap import fill
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from examples.shared.palette import NEUTRAL, color
+
+from .tables import Cell
+
+WIDTH = 8.6  # inches: in the column of a page the letters stay legible
+
+
+def panels(
+    quantities: Mapping[str, Mapping[str, Cell]],
+    arms: Sequence[str],
+    *,
+    marks: Mapping[str, float] | None = None,
+    limits: Mapping[str, tuple[float, float]] | None = None,
+    height: float = 0.34,
+    names: Mapping[str, str] | None = None,
+    note: str = "diamond: mean; bar: its 95 % interval",
+) -> Figure:
+    """By title, by arm. `marks` draws a line at a value of a quantity, what lies beyond `limits` is written at the edge, and
+    `names` are what rows are called instead."""
+    figure, grid = plt.subplots(
+        1, len(quantities), figsize=(WIDTH, 1.1 + height * len(arms)), sharey=True, layout="constrained", squeeze=False
+    )
+    for axes, (title, cells) in zip(grid[0], quantities.items(), strict=True):
+        low, high = (limits or {}).get(title, (float("-inf"), float("inf")))
+        for place, arm in enumerate(reversed(arms)):
+            found = cells.get(arm)
+            if found is None:
+                axes.text(0.5, place, "–", transform=axes.get_yaxis_transform(), ha="center", va="center", color=NEUTRAL)
+                continue
+            if not low <= found.mean <= high:
+                edge, side = (0.02, "left") if found.mean < low else (0.98, "right")
+                told = f"◀ {found}" if found.mean < low else f"{found} ▶"
+                axes.text(edge, place, told, transform=axes.get_yaxis_transform(), ha=side, va="center", fontsize=8,
+                          color=color(arm))  # fmt: skip
+                continue
+            axes.errorbar(found.mean, place, xerr=found.half or 0, fmt="D", color=color(arm), markersize=5, capsize=2)
+        if title in (marks or {}):
+            axes.axvline((marks or {})[title], color="gray", linewidth=0.8)
+        if title in (limits or {}):
+            axes.set_xlim(low, high)
+        axes.set_title(fill(title, 90 // len(quantities)), fontsize=9)
+        axes.grid(axis="x", alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.tick_params(axis="x", labelsize=8)
+    grid[0, 0].set_yticks(range(len(arms)), [(names or {}).get(arm, arm) for arm in reversed(arms)], fontsize=9)
+    grid[0, 0].set_ylim(-0.6, len(arms) - 0.4)
+    figure.supxlabel(fill(note, 110), fontsize=8)
+    return figure

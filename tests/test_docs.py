@@ -15,7 +15,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("**/*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
 # what holds measured numbers; each is a page, or a part of one, with the command that made it
 RESULTS = ("experiment", "comparison", "language_model", "regularizers", "cnn_experts", "benchmarks", "reproduction")
-RESULTS += ("report", "surgery", "wrap")
+RESULTS += ("delivery", "gates", "report", "surgery", "wrap")
 
 pytestmark = [
     # Lightning's own: under torch 2.15, and of a loader that is good enough for an example

@@ -123,6 +123,11 @@ class Gate:
         return matrix
 
     @property
+    def buffered(self) -> bool:
+        """Whether the matrix is a buffer, which is read and does not learn."""
+        return isinstance(self.parameter, str) and self.parameter.rpartition(".")[2] in self.owner._buffers
+
+    @property
     def dim(self) -> int:
         """D, the length of the vectors that the matrix scores."""
         shape = getattr(self.matrix, "ds_shape", self.matrix.shape)  # under ZeRO-3 the parameter itself is empty

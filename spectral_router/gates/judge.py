@@ -251,7 +251,7 @@ def source(trace: Trace, seen: list[Seen]) -> tuple[Recipe, nn.Module, list[Tens
 
 
 def _holds(recipe: Recipe, values: list[Tensor], one: Seen) -> bool:
-    """Whether the recipe gives what was seen, and the first half of that for the first half of the tokens."""
+    """Whether the recipe gives what was seen, and the same again for another number of tokens."""
     try:
         whole = recipe.of(values)
         truth = one.main.logits.held
@@ -263,12 +263,14 @@ def _holds(recipe: Recipe, values: list[Tensor], one: Seen) -> bool:
         length = values[0].shape[0] if values[0].ndim > 1 else 1
         if length < 2 or any(value.ndim < 2 or value.shape[0] != length for value in values):
             return True
-        half = recipe.of([value[: length // 2] for value in values])
-        rows = half.reshape(-1, half.shape[-1])
-        return (
-            _close(rows, whole.reshape(-1, whole.shape[-1])[: len(rows)], _tolerance(one))
-            and 0 < len(rows) < whole[..., 0].numel()
-        )
+        tokens = whole.reshape(-1, whole.shape[-1])
+        if recipe.over_batch:  # the same for twice the tokens, whose mean and variance are the same
+            other = recipe.of([torch.cat([value, value]) for value in values])
+            expected = torch.cat([tokens, tokens])
+        else:
+            other, expected = recipe.of([value[: length // 2] for value in values]), tokens
+        other = other.reshape(-1, other.shape[-1])
+        return len(other) not in (0, len(tokens)) and _close(other, expected[: len(other)], _tolerance(one))
     except Exception:  # whatever an operation says of tensors of another size
         return False
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -30,6 +32,7 @@ _UNSAID = {
     "clone",
     "alias",
 }
+_CHANGES = re.compile(r"temp|tau|scale|sharp|anneal|beta|gamma", re.I)
 _MOST = 48  # operations: beyond, a module is not what the scores come from
 
 
@@ -83,10 +86,31 @@ class Recipe:
         with full_precision(device):
             for step in self.steps:
                 given, named = tree_map(
-                    lambda v: values[v.number] if isinstance(v, Ref) else v, (step.args, step.kwargs), is_leaf=_is_ref
+                    lambda v: values[v.number] if isinstance(v, Ref) else v() if isinstance(v, Number) else v,
+                    (step.args, step.kwargs),
+                    is_leaf=_is_ref,
                 )
-                values.append(_run(step, list(given), named, lengths))
+                if "batch_norm" in step.op:
+                    values.append(self._normalised(step, list(given)))
+                else:
+                    values.append(_run(step, list(given), named, lengths))
         return values[self.result].movedim(self.dim, -1)
+
+    @property
+    def over_batch(self) -> bool:
+        """Whether a token's scores depend on the other tokens', as behind batch norm."""
+        return any("batch_norm" in step.op for step in self.steps)
+
+    def _normalised(self, step: Step, given: list[Any]) -> Tensor:
+        """Batch norm by the batch in training; running statistics are read, never moved a second time."""
+        x, weight, bias, mean, var, training, _, eps = given[:8]
+        place = step.args[3]
+        owner = self.sources[place.number] if isinstance(place, Ref) and place.number < len(self.sources) else None
+        if isinstance(owner, Own):
+            training = owner.module.training
+        if training or mean is None:
+            return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
 
 
 @dataclass
@@ -107,6 +131,42 @@ class Constant:
 
     def __call__(self) -> Tensor:
         return self.value
+
+
+@dataclass
+class Number:
+    """A float attribute, or one over it, as it is when asked for: a temperature that is annealed, say."""
+
+    module: nn.Module
+    name: str
+    inverse: bool
+
+    def __call__(self) -> float:
+        value: float = getattr(self.module, self.name)
+        return 1 / value if self.inverse else value
+
+
+def _modules_of(call: Call | None) -> list[nn.Module]:
+    modules = []
+    while call is not None:
+        modules.append(call.module)
+        call = call.outer
+    return modules
+
+
+def _named(value: float, modules: list[nn.Module]) -> Number | float:
+    """The attribute that a number of a forward is, if there is no doubt."""
+    found = [
+        Number(module, name, inverse)
+        for inverse in (False, True)
+        for module in dict.fromkeys(modules)
+        for name, own in vars(module).items()
+        if type(own) is float and own and (1 / own if inverse else own) == value
+    ]
+    called = [number for number in found if _CHANGES.search(number.name)]
+    if called:
+        return called[0]
+    return found[0] if len({(id(n.module), n.name) for n in found}) == 1 and value != 1 else value
 
 
 def _is_ref(value: Any) -> bool:
@@ -194,7 +254,7 @@ def recipe_for(target: Node, dim: int, call: Call) -> tuple[Recipe, list[Node]] 
             order[node] = -len(sources)
             nodes.append(node)
             return node
-        if node.makes_noise or node.op._schema.is_mutable or "batch_norm" in node.name:
+        if node.makes_noise or node.drawn or node.op._schema.is_mutable or (node.index and "batch_norm" in node.name):
             raise UnknownError
         for operand in node.operands():
             visit(operand, deep + 1)
@@ -217,7 +277,11 @@ def recipe_for(target: Node, dim: int, call: Call) -> tuple[Recipe, list[Node]] 
 
     made = []
     for node in steps:
-        args, kwargs = tree_map(lambda v: Ref(number(v)) if isinstance(v, Node) else v, (node.args, node.kwargs))
+        where = _modules_of(node.call)
+        args, kwargs = tree_map(
+            lambda v: Ref(number(v)) if isinstance(v, Node) else _named(v, where) if type(v) is float else v,  # noqa: B023
+            (node.args, node.kwargs),
+        )
         first = next((v for v in node.args if isinstance(v, Node)), None)
         made.append(Step(str(node.op), args, kwargs, node.index, (first.shape if first else (), node.shape)))
     recipe = Recipe(sources, [node.shape for node in nodes], made, number(last), dim)

@@ -69,6 +69,8 @@ class Node:
     tensor: Any = None  # a weak reference
     held: Tensor | None = None
     above: Any = None  # of a view: the tensor that it looks into, weakly
+    call: Any = None  # in which it was made
+    drawn: bool = False  # a number in its arguments was taken out of a tensor of this forward
 
     @property
     def name(self) -> str:
@@ -134,6 +136,7 @@ class Trace(TorchDispatchMode):
         self.calls: list[Call] = []
         self.open: list[Call] = []
         self.placed: set[Node] = set()  # those that a module was given or gave
+        self.drawn: set[float] = set()  # numbers that Python took out of tensors made of tokens
         self.paused = False
         self.failed: Exception | None = None
         self._hooks: list[Any] = []
@@ -228,6 +231,10 @@ class Trace(TorchDispatchMode):
         operands = node.operands()
         node.random = own in _RANDOM or own in _RANDOM_IN_PLACE or any(operand.random for operand in operands)
         node.static = not node.random and all(operand.static for operand in operands)
+        node.call = self.open[-1] if self.open else None
+        if own == "_local_scalar_dense" and not node.static and isinstance(result, float):
+            self.drawn |= {result, -result, 1 / result} if result else {result}
+        node.drawn = bool(self.drawn) and any(type(v) is float and v in self.drawn for v in (*args, *(kwargs or {}).values()))
         if func._schema.is_mutable:
             self._changed(func, own, node, args, result)
             return
@@ -238,7 +245,7 @@ class Trace(TorchDispatchMode):
             if not several:
                 made = node
             else:
-                made = Node(func, node.args, node.kwargs, index, static=node.static, random=node.random)
+                made = Node(func, node.args, node.kwargs, index, static=node.static, random=node.random, call=node.call)
             made.shape, made.tensor = tuple(tensor.shape), ref(tensor)
             if args and isinstance(args[0], Tensor) and func._schema.returns[0].alias_info is not None:
                 made.above = ref(args[0])

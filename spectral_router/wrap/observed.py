@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ..gates.judge import judge, line_for, watched
 from ..gates.trace import Trace
+from .checkpointing import stand_in
+from .delivery import padding_position
 from .step import Call, Tap
-from .weights import tied, trainable
+from .weights import learns_from, tied
 
 if TYPE_CHECKING:
     from .recorder import Recorder
@@ -111,21 +113,22 @@ class Observed:
 
     def _take(self, recorder: Recorder, number: int, gate: Any, scores: list[Tensor]) -> None:
         old = recorder.taps[number]
-        new = Tap(gate, old.decoding, old.part, seen=old.seen, pull=old.pull)
+        new = Tap(gate, old.decoding, old.part, padding_position(gate.module), seen=True, pull=old.pull)
         for logits in scores:
             with torch.enable_grad():
                 weight = gate.weight
-            live = logits.requires_grad
             given = logits if recorder.reads_logits else gate.score(logits)
-            layout = logits.shape
-            new.calls.append(
-                Call(given if live and trainable(gate) else None, weight, layout, live or not weight.requires_grad)
-            )
+            live = logits.requires_grad or not (weight.requires_grad or gate.buffered)
+            if not live:  # the first pass of reentrant checkpointing
+                given, weight = stand_in(new, given, weight)
+            new.calls.append(Call(given if learns_from(gate) else None, weight, logits.shape, live))
         recorder.taps[number] = new
         recorder.gates[recorder.gates.index(old.gate)] = gate
         recorder.ties = tied(recorder.gates)
-        # the old hook stays until then, so that a recomputation in this step's backward saves what its forward did
         self.moves.append((old, new))
+        if new.deferred:  # the second pass, in this step's backward, is to find the stand-ins
+            self.move(recorder)
+        # else the old hook stays until the next forward, so that a recomputation saves what this forward did
 
     def move(self, recorder: Any) -> None:
         """Hook the gates that were corrected where their scores are."""

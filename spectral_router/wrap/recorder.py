@@ -31,7 +31,7 @@ from .objective import Objective
 from .observed import Observed
 from .step import Call, Step, Tap
 from .watch import unwatch, watch
-from .weights import trainable
+from .weights import learns_from, trainable
 
 
 class Recorder(Objective):
@@ -158,7 +158,8 @@ class Recorder(Objective):
                 weight = whole(weight).clone()  # sharding engines free it after the module's forward
         layout = layout_of(args, kwargs, weight)
         # an adapter that is switched off leaves W frozen; one that was put on after wrapping is not known here
-        if not (trainable(gate) and (weight.requires_grad or hasattr(gate.owner, "parametrizations"))):
+        learns = trainable(gate) and (weight.requires_grad or hasattr(gate.owner, "parametrizations"))
+        if not (learns or gate.buffered):
             if self.step.open:
                 tap.calls.append(Call(None, weight, layout))
             return None
@@ -239,9 +240,10 @@ class Recorder(Objective):
                 self.advice.own_loss(self.model, self.balance)
             ran = {number for number, _ in calls}
             mine = [i for i in range(len(self.gates)) if self._runs(i)]
-            frozen = [self.gates[i].name for i in mine if not trainable(self.gates[i])]
+            buffers = [self.gates[i].name for i in mine if self.gates[i].buffered]
+            frozen = [self.gates[i].name for i in mine if not learns_from(self.gates[i])]
             idle = [self.gates[i].name for i in mine if i not in ran and self.gates[i].name not in frozen]
-            self.advice.after_first_forward(frozen, idle)
+            self.advice.after_first_forward(frozen, idle, buffers)
 
     def _look_at_evaluation(self, output: Any) -> None:
         loss = None if torch.compiler.is_compiling() else loss_of(output)

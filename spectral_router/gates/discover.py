@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .experts import Parts, alike
 from .gate import Gate
 from .judge import Seen, judge, line_for, seen_of, source
-from .trace import Node, Trace, factors_of, places_of
-
-_FAR = 24  # operations between a gate's scores and what they weigh, at most
+from .trace import Node, Trace, places_of, product_before
 
 
 def observed_gates(model: nn.Module, gates: list[Gate], example: Any) -> list[Gate]:
@@ -73,15 +72,17 @@ def discovered(trace: Trace, model: nn.Module, known: list[Gate]) -> list[Gate]:
     paths = {id(module): name for name, module in model.named_modules()}
     gates: list[Gate] = []
     done: set[tuple[int, ...]] = set()
+    widths = _widths_of_noise(trace)
+    parts: dict[int, Parts] = {}
     for event in trace.events:
         leaves = tuple(id(leaf.tensor()) for leaf in places_of(event.static) if leaf.tensor() is not None)
         if leaves in done or taken & set(leaves):
             continue
         done.add(leaves)
         seen = [one for one in seen_of(trace, set(leaves)) if one.main.static is event.static or one.width == event.width]
-        if not seen or seen[0].scoring is None or _width_of_noise(trace, seen[0]):
+        if not seen or seen[0].scoring is None or seen[0].main.product in widths:
             continue
-        if (block := _weighs_alike(trace, seen[0])) is None:
+        if (block := _weighs_alike(trace, seen[0], parts)) is None:
             continue
         gate = _gate_of(trace, seen, block, paths)
         if gate is not None:
@@ -89,10 +90,15 @@ def discovered(trace: Trace, model: nn.Module, known: list[Gate]) -> list[Gate]:
     return gates
 
 
-def _width_of_noise(trace: Trace, one: Seen) -> bool:
-    """A softplus beside scores that something random was added to: it says how much, and scores nothing."""
-    same = [event for event in trace.events if event.call is one.main.call and event.product is not one.main.product]
-    return one.main.kind == "softplus" and any(event.logits.random for event in same)
+def _widths_of_noise(trace: Trace) -> set[Node]:
+    """Products that random numbers are multiplied by: they say how much noise there is, and score nothing."""
+    found = set()
+    for node in trace.order:
+        if node.name == "mul" and any(operand.pure for operand in node.operands()):
+            for operand in node.operands():
+                if not operand.pure and not operand.static and (behind := product_before(operand)) is not None:
+                    found.add(behind[0])
+    return found
 
 
 def _gate_of(trace: Trace, seen: list[Seen], block: nn.Module, paths: dict[int, str]) -> Gate | None:
@@ -131,74 +137,13 @@ def _below(block: nn.Module, module: nn.Module) -> str:
     return f"{path}." if path else ""
 
 
-def _weighs_alike(trace: Trace, one: Seen) -> nn.Module | None:
+def _weighs_alike(trace: Trace, one: Seen, parts: dict[int, Parts]) -> nn.Module | None:
     """The module whose K alike parts, modules or slices of stacked parameters, the scores weigh or choose, if any."""
     call = one.main.call
     for _ in range(4):
         if call is None:
             return None
-        for experts in _alike(call.module, one.width):
-            if _meets(trace, one, experts):
-                return call.module
+        if alike(trace, call, parts.setdefault(id(call.module), Parts(call.module)), one):
+            return call.module
         call = call.outer
     return None
-
-
-def _alike(block: nn.Module, count: int) -> Iterator[list[set[int]]]:
-    """Sets of K alike parts: of each, the ids of its parameters; a stack is one set of one."""
-    groups: list[list[nn.Module]] = [list(block.children())]
-    for child in block.modules():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or (child is not block and len(list(child.children())) >= count):
-            groups.append(list(child.children()))
-    for group in groups:
-        kinds: dict[type, list[nn.Module]] = {}
-        for module in group:
-            kinds.setdefault(type(module), []).append(module)
-        for modules in kinds.values():
-            if len(modules) >= count and len(modules) - count <= 2 and _shapes(modules[-1]) and _equal(modules[-count:]):
-                yield [{id(p) for p in module.parameters()} for module in modules]
-    for module in block.modules():
-        if not isinstance(module, nn.modules.conv._ConvNd):
-            for parameter in module.parameters(recurse=False):
-                if parameter.ndim >= 3 and parameter.shape[0] == count:
-                    yield [{id(parameter)}]
-
-
-def _shapes(module: nn.Module) -> list[torch.Size]:
-    return [parameter.shape for parameter in module.parameters()]
-
-
-def _equal(modules: list[nn.Module]) -> bool:
-    return all(_shapes(module) == _shapes(modules[0]) for module in modules)
-
-
-def _meets(trace: Trace, one: Seen, experts: list[set[int]]) -> bool:
-    """Whether the scores and what the experts make meet in one operation, or the choice picks what they get.
-
-    Followed are values of the scores for a few operations, up to the next product with parameters of others.
-    """
-    ids: set[int] = set().union(*experts)
-    if any(id(leaf.tensor()) in ids for leaf in places_of(one.main.static)):
-        return False  # the gate of one of many layers: they are not what it weighs
-    scored = {one.main.logits: 0}
-    made: set[Node] = set()
-    for node in trace.order:
-        operands = node.operands()
-        if not operands or node.static:
-            continue
-        near = [scored[o] for o in operands if o in scored]
-        from_experts = any(o in made for o in operands) or any(
-            o.static and any(id(leaf.tensor()) in ids for leaf in places_of(o)) for o in operands
-        )
-        with_weights = bool(factors_of(node)) and any(o.static for o in operands)
-        if near and from_experts and any(o in made and o not in scored for o in operands):
-            return True
-        if near and from_experts and with_weights and node.name in ("bmm", "baddbmm", "mm", "addmm"):
-            return True
-        if near and from_experts and node.name in ("index", "index_select", "embedding"):
-            return True  # slices of a stack, by the choice
-        if from_experts and not near:
-            made.add(node)
-        if near and min(near) < _FAR and not with_weights:
-            scored[node] = min(near) + 1
-    return False

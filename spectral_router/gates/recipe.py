@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from .._precision import full_precision
 from .._sharding import whole
-from .trace import Call, Node, still
+from .trace import Call, Node, calm, noisy, product_before
 
 _VIEWS = {"view", "_unsafe_view", "reshape"}
 _UNSAID = {
@@ -235,15 +235,27 @@ def recipe_for(target: Node, dim: int, call: Call) -> tuple[Recipe, list[Node]] 
     nodes: list[Node] = []
     steps: list[Node] = []
     order: dict[Node, int] = {}  # position among sources or, after them, among steps
+    found = product_before(target)
+    scored = set() if found is None else {target, *found[4]}  # where noise is to be left out
+    around = _modules_of(found[0].call) if found is not None else []
+
+    def plain(node: Node) -> Node:
+        """Itself where the module had it, unless noise is in it; else what it is without noise."""
+        if node in call.places and not (node in scored and noisy(node)):
+            return node
+        return calm(node)
 
     def visit(node: Node, deep: int = 0) -> Node:
-        node = still(node, call.places)
+        node = plain(node)
         if node in order:
             return node
         if deep > 2 * _MOST or len(steps) > 2 * _MOST:
             raise UnknownError
-        if node in call.places or node.op is None:
-            if node in call.places:
+        given = node in call.places and not (node in scored and noisy(node))
+        if given or node.op is None:
+            if node.changed and call.module not in around:
+                raise UnknownError  # its call may be over before the change
+            if given:
                 sources.append(call.places[node])
             elif node.place is not None:
                 sources.append(Own(*node.place))
@@ -272,7 +284,7 @@ def recipe_for(target: Node, dim: int, call: Call) -> tuple[Recipe, list[Node]] 
         return None
 
     def number(node: Node) -> int:
-        node = still(node, call.places)
+        node = plain(node)
         return -order[node] - 1 if order[node] < 0 else len(sources) + order[node] - 1
 
     made = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import ref
 
@@ -30,6 +30,8 @@ _RANDOM = {
     "randperm",
 }
 _RANDOM_IN_PLACE = {"normal_", "uniform_", "exponential_", "bernoulli_", "random_", "log_normal_", "geometric_", "cauchy_"}
+_FRESH = {"rand", "randn", "rand_like", "randn_like", "randint", "randint_like", *_RANDOM_IN_PLACE} - {"bernoulli_"}
+_KEEPS_NOISE = {"mul", "div", "neg", "view", "to_copy", "unsqueeze", "expand", "permute", "t", "transpose", "clone", "detach"}
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "convolution", "_cdist_forward", "_euclidean_dist", "_grouped_mm"}
 _REDUCTIONS = {"sum", "mean", "linalg_vector_norm", "norm"}
 _ELEMENTWISE = {
@@ -47,6 +49,7 @@ _ELEMENTWISE = {
     "expand",
     "permute",
 }
+_SAME = {"view", "_unsafe_view", "_to_copy", "unsqueeze", "squeeze", "permute", "transpose", "t", "expand", "clone", "detach"}
 # what makes scores of logits, and what chooses by them; an operation's name -> ours
 SCORING = {"_softmax": "softmax", "_log_softmax": "softmax", "sigmoid": "sigmoid", "relu": "relu", "softplus": "sqrtsoftplus"}
 CHOOSING = {"topk": "top-k", "argmax": "argmax", "max": "max", "sort": "sort"}
@@ -65,11 +68,13 @@ class Node:
     shape: tuple[int, ...] = ()
     place: tuple[nn.Module, str] | None = None  # of a parameter or buffer
     static: bool = False  # made of parameters, buffers and constants alone
-    random: bool = False
     tensor: Any = None  # a weak reference
     held: Tensor | None = None
     above: Any = None  # of a view: the tensor that it looks into, weakly
     call: Any = None  # in which it was made
+    pure: bool = False  # random numbers, whatever the tokens
+    noise: bool = False  # such numbers, times anything
+    changed: bool = False  # a parameter that this forward has changed in place
     drawn: bool = False  # a number in its arguments was taken out of a tensor of this forward
 
     @property
@@ -99,6 +104,8 @@ class Call:
     graph: bool  # gradients were on
     places: dict[Node, tuple[Any, ...]] = field(default_factory=dict)
     outer: Call | None = None
+    begin: int = 0  # the operations that ran in it, by their place in `Trace.order`
+    end: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -112,6 +119,7 @@ class Event:
     static: Node  # the product's factor that is made of parameters
     tokens: Node
     distance: int  # operations between the product and here
+    noisy: bool  # noise was added on the way
     call: Call | None  # the innermost module that runs
 
     @property
@@ -178,7 +186,9 @@ class Trace(TorchDispatchMode):
             if self.open and self.open[-1].module is module and len(self.open) == 1 and module is self.model:
                 return  # noted by `start`
             self._own(module)
-            call = Call(module, name, torch.is_grad_enabled(), outer=self.open[-1] if self.open else None)
+            call = Call(
+                module, name, torch.is_grad_enabled(), outer=self.open[-1] if self.open else None, begin=len(self.order)
+            )
             self._note_places(call, "args", args)
             self._note_places(call, "kwargs", kwargs)
             self.open.append(call)
@@ -191,6 +201,7 @@ class Trace(TorchDispatchMode):
             while self.open.pop().module is not module:
                 pass
             call = next(call for call in reversed(self.calls) if call.module is module and call not in self.open)
+            call.end = len(self.order)
             self._note_places(call, "output", output)
             if id(module) in self.keep:
                 self.kept[id(module)].append((args, kwargs, output))
@@ -229,9 +240,11 @@ class Trace(TorchDispatchMode):
         given, named = tree_map(lambda v: self._node_of(v) if isinstance(v, Tensor) else v, (args, kwargs))
         node = Node(func, tuple(given), named)
         operands = node.operands()
-        node.random = own in _RANDOM or own in _RANDOM_IN_PLACE or any(operand.random for operand in operands)
-        node.static = not node.random and all(operand.static for operand in operands)
+        node.static = own not in _RANDOM and own not in _RANDOM_IN_PLACE and all(operand.static for operand in operands)
         node.call = self.open[-1] if self.open else None
+        fixed = [operand for operand in operands if not operand.pure]
+        node.pure = (own in _FRESH) or (all(o.static for o in fixed) and (node.makes_noise or len(fixed) < len(operands)))
+        node.noise = node.pure or (own.strip("_") in _KEEPS_NOISE and any(operand.noise for operand in operands))
         if own == "_local_scalar_dense" and not node.static and isinstance(result, float):
             self.drawn |= {result, -result, 1 / result} if result else {result}
         node.drawn = bool(self.drawn) and any(type(v) is float and v in self.drawn for v in (*args, *(kwargs or {}).values()))
@@ -245,7 +258,7 @@ class Trace(TorchDispatchMode):
             if not several:
                 made = node
             else:
-                made = Node(func, node.args, node.kwargs, index, static=node.static, random=node.random, call=node.call)
+                made = replace(node, index=index)
             made.shape, made.tensor = tuple(tensor.shape), ref(tensor)
             if args and isinstance(args[0], Tensor) and func._schema.returns[0].alias_info is not None:
                 made.above = ref(args[0])
@@ -254,6 +267,9 @@ class Trace(TorchDispatchMode):
                 self.order.append(made)
         if own in SCORING or own in CHOOSING:
             self._event(own, node, args, kwargs)
+        elif own == "div" and (written := _softmax_written_out(node)) is not None:
+            exp, dim = written
+            self._event("_softmax", replace(exp, args=(exp.args[0], dim)), exp.args, {})
 
     def _changed(self, func: Any, own: str, node: Node, args: Any, result: Any) -> None:
         """An operation in place: the same one out of place, where there is one, made the tensor what it is now."""
@@ -261,14 +277,19 @@ class Trace(TorchDispatchMode):
         if target is None:  # out=..., statistics of norms: nothing is known of the results
             for tensor in result if isinstance(result, (tuple, list)) else [result]:
                 if isinstance(tensor, Tensor) and not any(tensor is other for other in args):
-                    self.nodes[tensor] = Node(shape=tuple(tensor.shape), tensor=ref(tensor))
+                    place = self.nodes[tensor].place if tensor in self.nodes else None
+                    self.nodes[tensor] = Node(shape=tuple(tensor.shape), place=place, static=node.static, tensor=ref(tensor))
             return
         before = self.nodes[target]
         packet = getattr(torch.ops.aten, own[:-1], None)
         if own not in _RANDOM_IN_PLACE:
             node.op = getattr(packet, func._overloadname, None)
         node.shape, node.tensor, node.above = tuple(target.shape), ref(target), before.above
-        self.nodes[target] = node if node.op is not None else Node(shape=tuple(target.shape), tensor=ref(target))
+        if before.place is not None:  # a parameter is what it is when asked for
+            node = Node(shape=before.shape, place=before.place, static=True, tensor=ref(target), changed=True)
+            self.nodes[target] = node
+        else:
+            self.nodes[target] = node if node.op is not None else Node(shape=tuple(target.shape), tensor=ref(target))
         if self.watched is None:
             self.order.append(node)
         above = before.above
@@ -278,7 +299,9 @@ class Trace(TorchDispatchMode):
 
     def _event(self, own: str, node: Node, args: Any, kwargs: Any) -> None:
         logits = node.args[0]
-        if not isinstance(logits, Node) or logits.static or not logits.shape or not args[0].is_floating_point():
+        if not isinstance(logits, Node) or logits.static or not logits.shape:
+            return
+        if isinstance(args[0], Tensor) and not args[0].is_floating_point():
             return
         dim = -1
         if own in ("_softmax", "_log_softmax"):
@@ -300,7 +323,8 @@ class Trace(TorchDispatchMode):
             passing.hold()
         self._hold_above(tokens)
         call = self.open[-1] if self.open else None
-        self.events.append(Event(own, logits, dim % len(logits.shape), product, static, tokens, distance, call))
+        event = Event(own, logits, dim % len(logits.shape), product, static, tokens, distance, noisy(logits), call)
+        self.events.append(event)
 
     def _hold_above(self, node: Node) -> None:
         """What modules were given or gave, of what the tokens were made of a little before."""
@@ -309,15 +333,27 @@ class Trace(TorchDispatchMode):
             here = edge.pop(0)
             if here in self.placed:
                 here.hold()
-            for operand in map(still, here.operands()):
+            for operand in map(calm, here.operands()):
                 if not operand.static and operand not in seen:
                     seen.add(operand)
                     edge.append(operand)
 
 
+def _softmax_written_out(node: Node) -> tuple[Node, int] | None:
+    """exp / sum of the same: (exp, over which dimension)."""
+    above, below = (*node.args, None)[:2]
+    if not isinstance(above, Node) or not isinstance(below, Node) or above.name != "exp":
+        return None
+    while below.name in _SAME and below.operands():
+        below = below.operands()[0]
+    if below.name != "sum" or below.args[0] is not above or len(below.args) < 2 or len(below.args[1]) != 1:
+        return None
+    return above, below.args[1][0]
+
+
 def product_before(node: Node) -> tuple[Node, Node, Node, int, list[Node]] | None:
     """The nearest product of tokens with parameters behind this: (it, its two factors, how far, what lies between)."""
-    node = still(node)
+    node = calm(node)
     passed: list[Node] = []
     edge, seen = [(node, 0)], {node}
     while edge and len(passed) < _FAR:
@@ -326,26 +362,69 @@ def product_before(node: Node) -> tuple[Node, Node, Node, int, list[Node]] | Non
         if factors := factors_of(here):
             static, tokens = sorted(factors, key=lambda factor: not factor.static)
             if static.static and not tokens.static:
-                return here, static, tokens, distance, passed
+                below = _product_at(tokens) if len(set(static.shape)) == 1 < len(static.shape) else None
+                if below is None:
+                    return here, static, tokens, distance, passed
+                edge.insert(0, (below, distance + 1))  # scores, mixed: the matrix is the one that made them
             continue  # of tokens with tokens: attention
-        for operand in map(still, here.operands()):
+        for operand in map(calm, here.operands()):
             if not operand.static and not operand.makes_noise and operand not in seen:
                 seen.add(operand)
                 edge.append((operand, distance + 1))
     return None
 
 
-def still(node: Node, known: Container[Node] = ()) -> Node:
-    """The node that this one is without noise: what noise was added to, or what it was multiplied by."""
-    while node.random and node.op is not None and node not in known:
-        calm = [operand for operand in node.operands() if not operand.random]
-        if node.name == "native_dropout" and node.index == 0:
-            node = node.args[0]
-        elif node.name in ("add", "mul", "sub", "div") and len(calm) == 1 and calm[0].shape == node.shape:
-            node = calm[0]
+def _product_at(node: Node) -> Node | None:
+    """The product of tokens with parameters that this is, but for noise, views and casts."""
+    for _ in range(8):
+        node = calm(node)
+        factors = factors_of(node)
+        if factors:
+            return node if {factor.static for factor in factors} == {True, False} else None
+        if node.name not in _SAME or not node.operands():
+            return None
+        node = node.operands()[0]
+    return None
+
+
+def calm(node: Node) -> Node:
+    """The node that this one is without noise: what noise was added to, or what random numbers multiply."""
+    while node.op is not None:
+        operands = node.operands()
+        if node.name in ("add", "sub", "rsub"):
+            rest = [operand for operand in operands if not operand.noise]
+        elif node.name in ("mul", "div"):
+            rest = [operand for operand in operands if not operand.pure]
+        elif node.name == "native_dropout" and node.index == 0:
+            rest = operands[:1]
         else:
             break
+        if len(rest) != 1 or (len(rest) == len(operands) and node.name != "native_dropout") or rest[0].shape != node.shape:
+            break
+        node = rest[0]
     return node
+
+
+def noisy(node: Node) -> bool:
+    """Whether noise came in between this and the product of tokens with parameters that it was made of."""
+    edge, seen = [node], {node}
+    while edge and len(seen) < _FAR:
+        here = edge.pop(0)
+        if here.op is None or here.static:
+            continue
+        if calm(here) is not here:
+            return True
+        factors = factors_of(here)
+        if factors and any(factor.static for factor in factors):
+            tokens = [factor for factor in factors if not factor.static]
+            if len({*here.shape[-1:], *(f.shape[-1] for f in factors if f.shape)}) > 1 or any(calm(t) is t for t in tokens):
+                continue
+            return True  # K x K, over noisy scores
+        for operand in here.operands():
+            if operand not in seen and not operand.static:
+                seen.add(operand)
+                edge.append(operand)
+    return False
 
 
 def factors_of(node: Node) -> list[Node]:

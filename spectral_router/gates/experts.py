@@ -1,0 +1,162 @@
+"""What scores are of: whether K alike modules, or slices of stacked parameters, are weighed by them or get what they choose."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from .judge import Seen
+from .trace import Call, Node, Trace, factors_of, places_of
+
+_FAR = 24  # operations between a gate's scores and what they weigh, at most
+# their results say which, no longer how much
+_CHOICES = {"argmax", "gt", "ge", "lt", "le", "eq", "ne", "nonzero", "one_hot", "bincount", "argsort", "sign"}
+_SLICES = {"select", "slice", "split", "split_with_sizes", "unbind", "index", "gather", "masked_select", "topk", "index_select"}
+_JOINS = {"mul", "bmm", "baddbmm", "mm", "addmm", "div", "dot", "mv"}
+
+
+@dataclass(eq=False, slots=True)
+class _State:
+    """Of one tensor: what it has to do with the scores and with the experts."""
+
+    weighs: int = -1  # operations since the scores, whose values are in it; -1: they are not
+    sliced: bool = False  # some of the scores only
+    chosen: bool = False  # what the scores chose is in it
+    made: frozenset[int] = frozenset()  # the experts (ids) that made it
+    stacked: bool = False  # slices of stacked parameters made it
+
+
+class Parts:
+    """The alike parts of a module."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    @cached_property
+    def kinds(self) -> dict[int, int]:
+        """Modules that have their like in the block, by id: the number of their kind."""
+        kinds: dict[Any, list[int]] = defaultdict(list)
+        for module in self.block.modules():
+            if module is not self.block and (like := _likeness(module)) is not None:
+                kinds[like].append(id(module))
+        return {module: number for number, kind in enumerate(kinds.values()) if len(kind) > 1 for module in kind}
+
+    @cached_property
+    def largest(self) -> int:
+        sizes: dict[int, int] = defaultdict(int)
+        for number in self.kinds.values():
+            sizes[number] += 1
+        return max(sizes.values(), default=0)
+
+    @cached_property
+    def lists(self) -> list[set[int]]:
+        """Alike modules that stand in one list, or side by side."""
+        lists = []
+        for parent in self.block.modules():
+            found: dict[Any, set[int]] = defaultdict(set)
+            for child in parent.children():
+                if (like := _likeness(child)) is not None:
+                    found[like].add(id(child))
+            lists += [group for group in found.values() if len(group) > 1]
+        return lists
+
+    @cached_property
+    def stacks(self) -> dict[int, set[int]]:
+        """Ids of stacked parameters, by the number of their slices."""
+        stacks: dict[int, set[int]] = defaultdict(set)
+        for module in self.block.modules():
+            if not isinstance(module, nn.modules.conv._ConvNd):
+                for parameter in module.parameters(recurse=False):
+                    if parameter.ndim >= 3:
+                        stacks[parameter.shape[0]].add(id(parameter))
+        return stacks
+
+
+def _likeness(module: nn.Module) -> Any:
+    shapes = [parameter.shape for parameter in module.parameters()]
+    return (type(module), *shapes) if shapes else None
+
+
+def alike(trace: Trace, block: Call, parts: Parts, one: Seen) -> bool:
+    """Whether the scores and what K alike parts of a block make meet in one operation, or these get what the scores choose.
+
+    Values of the scores are followed for a few operations, up to the next product with parameters.
+    """
+    count = one.width
+    leaves = places_of(one.main.static)
+    own = {id(leaf.tensor()) for leaf in leaves}
+    rows = {leaf.shape[0] for leaf in leaves if len(leaf.shape) >= 2 and leaf.shape[0] % count == 0}  # of heads
+    stacks = set().union(*(parts.stacks.get(size, set()) for size in {count, *rows})) - own
+    if not stacks and parts.largest < count:
+        return False
+    groups = [group for group in parts.lists if count <= len(group) <= count + 2]
+    outputs = _outputs(trace, block, parts.kinds, own)
+    states: dict[Node, _State] = {one.main.logits: _State(weighs=0)}
+    nothing = _State()
+    met: dict[int, set[int]] = defaultdict(set)  # experts that scores meet, by kind
+    picked: set[int] = set()  # of these, those that meet one of the scores, or get what was chosen
+    for node in trace.order[block.begin : block.end]:
+        if node.static or node is one.main.logits:
+            continue
+        operands = node.operands()
+        given = [states.get(operand, nothing) for operand in operands]
+        near = [state for state in given if state.weighs >= 0]
+        chosen = any(state.chosen for state in given)
+        weighted = any(o.static and any(leaf.place for leaf in places_of(o)) for o in operands) and bool(factors_of(node))
+        of_stack = bool(stacks) and any(
+            o.static and any(id(leaf.tensor()) in stacks for leaf in places_of(o)) for o in operands
+        )
+        if near and node.name in _JOINS:
+            if (of_stack and weighted) or any(state.stacked and state.weighs < 0 for state in given):
+                return True
+            sliced = any(state.sliced for state in near)
+            for expert in frozenset().union(*(state.made for state in given)):
+                met[parts.kinds[expert]].add(expert)
+                picked |= {expert} if sliced else set()
+        if (near or chosen) and of_stack and ((weighted and chosen) or node.name in ("index", "index_select", "embedding")):
+            return True  # slices of a stack, by the choice
+        if weighted and chosen:
+            for expert in _experts_around(node, parts.kinds):
+                met[parts.kinds[expert]].add(expert)
+                picked.add(expert)
+        discrete = node.name in _CHOICES or (node.name in ("topk", "max", "sort") and node.index == 1)
+        distance = min((state.weighs for state in near), default=_FAR)
+        state = _State(
+            weighs=distance + 1 if distance < _FAR and not weighted and not discrete else -1,
+            sliced=bool(near) and (node.name in _SLICES or any(state.sliced for state in near)),
+            chosen=not weighted and (chosen or (discrete and bool(near))),
+            made=outputs.get(node) or frozenset().union(*(state.made for state in given)),
+            stacked=of_stack or (not weighted and any(state.stacked for state in given)),
+        )
+        if near and node.name in _JOINS:
+            state.made = frozenset()  # mixed: tokens again
+        if state.weighs >= 0 or state.chosen or state.made or state.stacked:
+            states[node] = state
+    return any(len(few) == count or any(few & picked <= group for group in groups if few & picked) for few in met.values())
+
+
+def _experts_around(node: Node, kinds: dict[int, int]) -> list[int]:
+    """Those in whose calls an operation ran."""
+    found, call = [], node.call
+    while call is not None:
+        if id(call.module) in kinds:
+            found.append(id(call.module))
+        call = call.outer
+    return found
+
+
+def _outputs(trace: Trace, block: Call, kinds: dict[int, int], own: set[int]) -> dict[Node, frozenset[int]]:
+    """What modules of these kinds made in a call of the block; not the one that the gate is in."""
+    found: dict[Node, frozenset[int]] = {}
+    for call in trace.calls:
+        if id(call.module) in kinds and block.begin <= call.begin and call.end <= block.end:
+            if own & {id(parameter) for parameter in call.module.parameters()}:
+                continue
+            for node, place in call.places.items():
+                if place[0] == "output":
+                    found[node] = found.get(node, frozenset()) | {id(call.module)}
+    return found

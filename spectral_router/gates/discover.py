@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .experts import Parts, alike
 from .gate import Gate
 from .judge import Seen, judge, line_for, seen_of, source
-from .trace import Node, Trace, places_of, product_before
+from .trace import Event, Node, Trace, places_of, product_before
 
 
 def observed_gates(model: nn.Module, gates: list[Gate], example: Any) -> list[Gate]:
@@ -68,26 +68,36 @@ def confirmed(trace: Trace, gates: list[Gate]) -> tuple[list[Gate], list[str]]:
 
 def discovered(trace: Trace, model: nn.Module, known: list[Gate]) -> list[Gate]:
     """Gates that no name told of: scores of tokens over K alternatives, which weigh or choose K alike parts of the model."""
-    taken = {id(gate.matrix) for gate in known}
     paths = {id(module): name for name, module in model.named_modules()}
-    gates: list[Gate] = []
+    found = (_gate_of(trace, seen, block, paths) for seen, block in _scores_of_parts(trace, trace.events, known))
+    return [gate for gate in found if gate is not None]
+
+
+def missed(trace: Trace, model: nn.Module, known: list[Gate]) -> list[str]:
+    """The same by name only, for a forward whose other values were not kept."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    names = []
+    for seen, _ in _scores_of_parts(trace, trace.others, known):
+        holder, name = next(leaf.place for leaf in places_of(seen[0].main.static) if leaf.place is not None)
+        names.append(f"{paths.get(id(holder), '')}.{name} ({seen[0].width} experts)".lstrip("."))
+    return names
+
+
+def _scores_of_parts(trace: Trace, events: list[Event], known: list[Gate]) -> Iterator[tuple[list[Seen], nn.Module]]:
+    taken = {id(gate.matrix) for gate in known}
     done: set[tuple[int, ...]] = set()
     widths = _widths_of_noise(trace)
     parts: dict[int, Parts] = {}
-    for event in trace.events:
+    for event in events:
         leaves = tuple(id(leaf.tensor()) for leaf in places_of(event.static) if leaf.tensor() is not None)
         if leaves in done or taken & set(leaves):
             continue
         done.add(leaves)
-        seen = [one for one in seen_of(trace, set(leaves)) if one.main.static is event.static or one.width == event.width]
+        seen = [one for one in seen_of(events, set(leaves)) if one.main.static is event.static or one.width == event.width]
         if not seen or seen[0].scoring is None or seen[0].main.product in widths:
             continue
-        if (block := _weighs_alike(trace, seen[0], parts)) is None:
-            continue
-        gate = _gate_of(trace, seen, block, paths)
-        if gate is not None:
-            gates.append(gate)
-    return gates
+        if (block := _weighs_alike(trace, seen[0], parts)) is not None:
+            yield seen, block
 
 
 def _widths_of_noise(trace: Trace) -> set[Node]:

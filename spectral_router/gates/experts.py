@@ -54,9 +54,11 @@ class Parts:
 
     @cached_property
     def lists(self) -> list[set[int]]:
-        """Alike modules that stand in one list, or side by side."""
+        """Alike modules that stand in one list: of these not all need to have run."""
         lists = []
         for parent in self.block.modules():
+            if not isinstance(parent, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+                continue
             found: dict[Any, set[int]] = defaultdict(set)
             for child in parent.children():
                 if (like := _likeness(child)) is not None:
@@ -97,8 +99,8 @@ def alike(trace: Trace, block: Call, parts: Parts, one: Seen) -> bool:
     outputs = _outputs(trace, block, parts.kinds, own)
     states: dict[Node, _State] = {one.main.logits: _State(weighs=0)}
     nothing = _State()
-    met: dict[int, set[int]] = defaultdict(set)  # experts that scores meet, by kind
-    picked: set[int] = set()  # of these, those that meet one of the scores, or get what was chosen
+    met: dict[int, set[int]] = defaultdict(set)  # experts that one of the scores each is multiplied with, by kind
+    picked: dict[int, set[int]] = defaultdict(set)  # experts that get what was chosen
     for node in trace.order[block.begin : block.end]:
         if node.static or node is one.main.logits:
             continue
@@ -107,36 +109,42 @@ def alike(trace: Trace, block: Call, parts: Parts, one: Seen) -> bool:
         near = [state for state in given if state.weighs >= 0]
         chosen = any(state.chosen for state in given)
         weighted = any(o.static and any(leaf.place for leaf in places_of(o)) for o in operands) and bool(factors_of(node))
-        of_stack = bool(stacks) and any(
-            o.static and any(id(leaf.tensor()) in stacks for leaf in places_of(o)) for o in operands
-        )
+        leaves = [leaf for o in operands if o.static for leaf in places_of(o)] if stacks else []
+        of_stack = any(id(leaf.tensor()) in stacks for leaf in leaves)
+        joins = False
         if near and node.name in _JOINS:
             if (of_stack and weighted) or any(state.stacked and state.weighs < 0 for state in given):
                 return True
-            sliced = any(state.sliced for state in near)
-            for expert in frozenset().union(*(state.made for state in given)):
-                met[parts.kinds[expert]].add(expert)
-                picked |= {expert} if sliced else set()
+            for state in given:
+                numbers = {parts.kinds[expert] for expert in state.made}
+                for number in numbers:
+                    here = {expert for expert in state.made if parts.kinds[expert] == number}
+                    if len(here) == count:
+                        return True
+                    if len(here) == 1 and any(other.sliced for other in near):
+                        met[number] |= here
+                joins = joins or bool(numbers)
         if (near or chosen) and of_stack and ((weighted and chosen) or node.name in ("index", "index_select", "embedding")):
             return True  # slices of a stack, by the choice
         if weighted and chosen:
             for expert in _experts_around(node, parts.kinds):
-                met[parts.kinds[expert]].add(expert)
-                picked.add(expert)
+                picked[parts.kinds[expert]].add(expert)
         discrete = node.name in _CHOICES or (node.name in ("topk", "max", "sort") and node.index == 1)
         distance = min((state.weighs for state in near), default=_FAR)
+        makers = [state.made for state in given if state.made]
+        alone = len(makers) == 1 or node.name in ("cat", "stack", "add", "index_add", "index_put", "scatter_add")
         state = _State(
-            weighs=distance + 1 if distance < _FAR and not weighted and not discrete else -1,
+            weighs=distance + 1 if distance < _FAR and not (weighted or discrete or joins) else -1,
             sliced=bool(near) and (node.name in _SLICES or any(state.sliced for state in near)),
             chosen=not weighted and (chosen or (discrete and bool(near))),
-            made=outputs.get(node) or frozenset().union(*(state.made for state in given)),
+            made=outputs.get(node) or (frozenset().union(*makers) if alone and not joins else frozenset()),
             stacked=of_stack or (not weighted and any(state.stacked for state in given)),
         )
-        if near and node.name in _JOINS:
-            state.made = frozenset()  # mixed: tokens again
         if state.weighs >= 0 or state.chosen or state.made or state.stacked:
             states[node] = state
-    return any(len(few) == count or any(few & picked <= group for group in groups if few & picked) for few in met.values())
+    return any(len(experts) == count for experts in met.values()) or any(
+        experts <= group for experts in picked.values() for group in groups
+    )
 
 
 def _experts_around(node: Node, kinds: dict[int, int]) -> list[int]:

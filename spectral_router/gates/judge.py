@@ -5,7 +5,7 @@ Over 250 lines: one verdict, read from top to bottom.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,7 +63,7 @@ def judge(trace: Trace, gate: Gate, read: list[Tensor] | None) -> Verdict:
     if gate.probs is not None or gate.scoring == "product_keys" or trace.failed is not None:
         return Verdict()
     made = isinstance(gate.parameter, str) and not (gate.buffered or isinstance(gate.matrix, nn.Parameter))
-    seen = seen_of(trace, {id(p) for p in gate.owner.parameters()} if made else {id(gate.matrix)})
+    seen = seen_of(trace.events, {id(p) for p in gate.owner.parameters()} if made else {id(gate.matrix)})
     # of tied gates each is judged by its own calls
     seen = [one for one in seen if _within(one, gate.module) or _within(one, gate.block)] or seen
     if not seen:
@@ -80,10 +80,10 @@ def _within(one: Seen, module: nn.Module | None) -> bool:
     return module is not None and call is not None
 
 
-def seen_of(trace: Trace, ids: set[int]) -> list[Seen]:
+def seen_of(events: Iterable[Event], ids: set[int]) -> list[Seen]:
     """The products with one of these parameters whose results are scored or chosen from, in order."""
     products: dict[Node, list[Event]] = {}
-    for event in trace.events:
+    for event in events:
         if any(id(leaf.tensor()) in ids for leaf in places_of(event.static) if leaf.tensor is not None):
             products.setdefault(event.product, []).append(event)
     found = []
@@ -177,7 +177,7 @@ def _of_another(trace: Trace, gate: Gate, read: list[Tensor] | None) -> Verdict:
     """The matrix was in no product that is scored: is another one of the gate's own?"""
     beside = {id(p) for p in gate.module.parameters()} | {id(p) for p in (gate.block or gate.module).parameters(recurse=False)}
     beside |= {id(b) for b in gate.module.buffers()}
-    seen = [one for one in seen_of(trace, beside) if one.width == gate.num_experts]
+    seen = [one for one in seen_of(trace.events, beside) if one.width == gate.num_experts]
     statics = {tuple(id(leaf) for leaf in places_of(one.main.static)) for one in seen}
     leaves = _matrices(seen[0]) if len(statics) == 1 else []
     if len(leaves) != 1 or leaves[0].place is None:

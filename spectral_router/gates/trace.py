@@ -129,18 +129,22 @@ class Event:
 
 class Trace(TorchDispatchMode):
     """Watches one forward of a model. `watched`: ids of the parameters whose products matter; None: any. `kept`: ids of
-    modules whose calls are kept whole.
+    modules whose calls are kept whole. `others`: where not any matters, note the other products all the same, without values.
 
     Below autograd and autocast, so that casts are seen, and what runs is what would run: no result is touched.
     """
 
-    def __init__(self, model: nn.Module, watched: set[int] | None = None, kept: Container[int] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, watched: set[int] | None = None, kept: Container[int] = (), others: bool = False
+    ) -> None:
         super().__init__()
-        self.order: list[Node] = []  # all that was made, where nothing is known yet
+        self.order: list[Node] = []  # all that was made, where not all is known yet
+        self.ordered = watched is None or others
         self.keep, self.kept = kept, defaultdict[int, list[Any]](list)  # whole calls of some modules, by id
         self.model, self.watched = model, watched
         self.nodes: Any = WeakIdKeyDictionary()
         self.events: list[Event] = []
+        self.others: list[Event] = []
         self.calls: list[Call] = []
         self.open: list[Call] = []
         self.placed: set[Node] = set()  # those that a module was given or gave
@@ -165,7 +169,7 @@ class Trace(TorchDispatchMode):
         # where an exception passes by, torch is on its way through the model's own hooks
         self.remove_hooks(2 if output is None else 0)
         if output is None:
-            for kept in (self.order, self.events, self.calls, self.placed, self.kept, self.nodes):
+            for kept in (self.order, self.events, self.others, self.calls, self.placed, self.kept, self.nodes):
                 kept.clear()
 
     def remove_hooks(self, but: int = 0) -> None:
@@ -263,7 +267,7 @@ class Trace(TorchDispatchMode):
             if args and isinstance(args[0], Tensor) and func._schema.returns[0].alias_info is not None:
                 made.above = ref(args[0])
             self.nodes[tensor] = made
-            if self.watched is None:
+            if self.ordered:
                 self.order.append(made)
         if own in SCORING or own in CHOOSING:
             self._event(own, node, args, kwargs)
@@ -290,7 +294,7 @@ class Trace(TorchDispatchMode):
             self.nodes[target] = node
         else:
             self.nodes[target] = node if node.op is not None else Node(shape=tuple(target.shape), tensor=ref(target))
-        if self.watched is None:
+        if self.ordered:
             self.order.append(node)
         above = before.above
         while above is not None and (tensor := above()) is not None:  # what it looks into has changed as well
@@ -317,13 +321,15 @@ class Trace(TorchDispatchMode):
         product, static, tokens, distance, passed = found
         if logits.shape[dim] > max(product.shape[-3:], default=0 if len(product.shape) else 1):
             return
+        call = self.open[-1] if self.open else None
+        event = Event(own, logits, dim % len(logits.shape), product, static, tokens, distance, noisy(logits), call)
         if self.watched is not None and not any(id(p) in self.watched for p in parameters_of(static)):
+            if self.ordered:
+                self.others.append(event)
             return
         for passing in (logits, tokens, *passed):
             passing.hold()
         self._hold_above(tokens)
-        call = self.open[-1] if self.open else None
-        event = Event(own, logits, dim % len(logits.shape), product, static, tokens, distance, noisy(logits), call)
         self.events.append(event)
 
     def _hold_above(self, node: Node) -> None:

@@ -133,6 +133,7 @@ def wrap_moe(
     if spread:
         handle.advice.trained_gates([gate for gate in handle.gates if trainable(gate)])
     handle._selectors = gates, exclude
+    handle.by_names = gates is None and exclude is None and example is None
     handle.registrations = []
     for number, part in enumerate(parts):
         handle.registrations += [

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..gates.discover import missed
 from ..gates.judge import judge, line_for, watched
 from ..gates.trace import Trace
 from .checkpointing import stand_in
@@ -50,7 +51,7 @@ class Observed:
         gates = [tap.gate for tap in recorder.taps if tap.part == part and not tap.gone]
         if not gates or not _watchable(root):
             return
-        self.trace = Trace(root, watched(gates))
+        self.trace = Trace(root, watched(gates), others=recorder.by_names)
         self.call = args, kwargs
         self.trace.start(args, kwargs)
 
@@ -101,6 +102,12 @@ class Observed:
                 doubtful[verdict.message].append(tap.gate.name)
             elif error is not None:
                 raise error
+        if trace.ordered and trace.failed is None and (names := missed(trace, trace.model, recorder.gates)):
+            recorder.advice.say(
+                "missed",
+                f"the first training forward shows more gates than were found: {', '.join(names)}; nothing is added for them: "
+                "pass wrap_moe(example=batch), which finds them by what the model computes, or name them with gates=",
+            )
         for message, names in doubtful.items():
             gate = next(gate for gate in recorder.gates if gate.name == names[0])
             recorder.advice.say(

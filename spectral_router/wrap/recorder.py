@@ -72,6 +72,7 @@ class Recorder(Objective):
         ]
         self.step = Step(self.taps)
         self.observed = Observed()
+        self.by_names = False  # all gates of the model were asked for, and found by their names
         self.at_step: AtStep | None = None  # where the term goes to the optimizer's step
         self.threads: dict[int, Recorder] = {}
         self._start()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .evidence import beside_experts, counts_in
 from .experts import Parts, alike
 from .gate import Gate
 from .judge import Seen, judge, line_for, seen_of, source
@@ -22,10 +23,20 @@ def observed_gates(model: nn.Module, gates: list[Gate], example: Any) -> list[Ga
         UserWarning: a gate is not what was assumed, and cannot be read by what was seen.
     """
     trace = observe_forward(model, example, gates)
-    kept, said = confirmed(trace, gates)
-    for message in said:
+    kept, said = confirmed(trace, [gate for gate in gates if not _refuted(trace, gate)])
+    more = discovered(trace, model, kept)
+    for message in said + more.told:
         warnings.warn(message, stacklevel=4)
-    return kept + discovered(trace, model, kept)
+    return kept + more.gates
+
+
+def _refuted(trace: Trace, gate: Gate) -> bool:
+    """Whether only a name and a list of as many modules spoke for it, and its scores have nothing to do with these."""
+    block = gate.block
+    if block is None or beside_experts(block) or counts_in(block) or counts_in(gate.module):
+        return False
+    seen = seen_of(trace.events, {id(gate.matrix)})
+    return bool(seen) and _weighs_alike(trace, seen[0], {}) is None
 
 
 def observe_forward(model: nn.Module, example: Any, gates: list[Gate]) -> Trace:
@@ -66,21 +77,38 @@ def confirmed(trace: Trace, gates: list[Gate]) -> tuple[list[Gate], list[str]]:
     return kept, said
 
 
-def discovered(trace: Trace, model: nn.Module, known: list[Gate]) -> list[Gate]:
+class Discovered(NamedTuple):
+    gates: list[Gate]
+    told: list[str]  # of scores that cannot be read again
+
+
+def discovered(trace: Trace, model: nn.Module, known: list[Gate]) -> Discovered:
     """Gates that no name told of: scores of tokens over K alternatives, which weigh or choose K alike parts of the model."""
     paths = {id(module): name for name, module in model.named_modules()}
-    found = (_gate_of(trace, seen, block, paths) for seen, block in _scores_of_parts(trace, trace.events, known))
-    return [gate for gate in found if gate is not None]
+    found = Discovered([], [])
+    for seen, block in _scores_of_parts(trace, trace.events, known):
+        gate = _gate_of(trace, seen, block, paths)
+        if gate is not None:
+            found.gates.append(gate)
+        else:
+            found.told.append(
+                f"{_named(seen, paths)} scores {seen[0].width} experts, but the scores cannot be had again from what a module "
+                f"is given or gives; write gates=Gate(name, module, {seen[0].width}, parameter, probs=function), with "
+                "function(module, args, kwargs, output) -> probabilities (tokens, experts)"
+            )
+    return found
+
+
+def _named(seen: list[Seen], paths: dict[int, str]) -> str:
+    holder, name = next(leaf.place for leaf in places_of(seen[0].main.static) if leaf.place is not None)
+    return f"{paths.get(id(holder), '')}.{name}".lstrip(".")
 
 
 def missed(trace: Trace, model: nn.Module, known: list[Gate]) -> list[str]:
     """The same by name only, for a forward whose other values were not kept."""
     paths = {id(module): name for name, module in model.named_modules()}
-    names = []
-    for seen, _ in _scores_of_parts(trace, trace.others, known):
-        holder, name = next(leaf.place for leaf in places_of(seen[0].main.static) if leaf.place is not None)
-        names.append(f"{paths.get(id(holder), '')}.{name} ({seen[0].width} experts)".lstrip("."))
-    return names
+    scores = _scores_of_parts(trace, trace.others, known)
+    return [f"{_named(seen, paths)} ({seen[0].width} experts)" for seen, _ in scores]
 
 
 def _scores_of_parts(trace: Trace, events: list[Event], known: list[Gate]) -> Iterator[tuple[list[Seen], nn.Module]]:

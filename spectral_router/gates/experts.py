@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .judge import Seen
-from .trace import Call, Node, Trace, factors_of, places_of
+from .trace import Call, Node, Trace, factors_of, places_of, product_before
 
 _FAR = 24  # operations between a gate's scores and what they weigh, at most
 # their results say which, no longer how much
@@ -92,28 +92,34 @@ def alike(trace: Trace, block: Call, parts: Parts, one: Seen) -> bool:
     leaves = places_of(one.main.static)
     own = {id(leaf.tensor()) for leaf in leaves}
     rows = {leaf.shape[0] for leaf in leaves if len(leaf.shape) >= 2 and leaf.shape[0] % count == 0}  # of heads
-    stacks = set().union(*(parts.stacks.get(size, set()) for size in {count, *rows})) - own
+    sizes = {count, *rows}
+    stacks = set().union(*(parts.stacks.get(size, set()) for size in sizes)) - own
     if not stacks and parts.largest < count:
         return False
     groups = [group for group in parts.lists if count <= len(group) <= count + 2]
     outputs = _outputs(trace, block, parts.kinds, own)
-    states: dict[Node, _State] = {one.main.logits: _State(weighs=0)}
+    found = product_before(one.main.logits)
+    between = set() if found is None else set(found[4])
+    states: dict[Node, _State] = {one.main.product: _State(weighs=0)}
     nothing = _State()
     met: dict[int, set[int]] = defaultdict(set)  # experts that one of the scores each is multiplied with, by kind
     picked: dict[int, set[int]] = defaultdict(set)  # experts that get what was chosen
     for node in trace.order[block.begin : block.end]:
-        if node.static or node is one.main.logits:
+        if node.static or node is one.main.product:
             continue
+        inside = node in between  # what still makes the scores
         operands = node.operands()
         given = [states.get(operand, nothing) for operand in operands]
         near = [state for state in given if state.weighs >= 0]
         chosen = any(state.chosen for state in given)
-        weighted = any(o.static and any(leaf.place for leaf in places_of(o)) for o in operands) and bool(factors_of(node))
+        weighted = any(o.static and any(leaf.place for leaf in places_of(o)) for o in operands) and not inside
+        weighted = weighted and bool(factors_of(node))
         leaves = [leaf for o in operands if o.static for leaf in places_of(o)] if stacks else []
         of_stack = any(id(leaf.tensor()) in stacks for leaf in leaves)
         joins = False
         if near and node.name in _JOINS:
-            if (of_stack and weighted) or any(state.stacked and state.weighs < 0 for state in given):
+            for_each = any(state.weighs >= 0 and sizes & set(o.shape) for o, state in zip(operands, given, strict=True))
+            if (of_stack and weighted and for_each) or any(state.stacked and state.weighs < 0 for state in given):
                 return True
             for state in given:
                 numbers = {parts.kinds[expert] for expert in state.made}
@@ -142,9 +148,10 @@ def alike(trace: Trace, block: Call, parts: Parts, one: Seen) -> bool:
         )
         if state.weighs >= 0 or state.chosen or state.made or state.stacked:
             states[node] = state
-    return any(len(experts) == count for experts in met.values()) or any(
-        experts <= group for experts in picked.values() for group in groups
-    )
+    # several layers of experts can share one gate
+    if any(count in (len(experts), *(len(experts & group) for group in groups)) for experts in met.values()):
+        return True
+    return any(experts <= group for experts in picked.values() for group in groups)
 
 
 def _experts_around(node: Node, kinds: dict[int, int]) -> list[int]:

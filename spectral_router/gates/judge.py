@@ -256,6 +256,8 @@ def source(trace: Trace, seen: list[Seen]) -> tuple[Recipe, nn.Module, list[Tens
     for _, _, call, recipe in sorted(options, key=lambda option: option[:2]):
         calls = [other for other in trace.calls if other.module is call.module]
         if len(calls) != len(seen):
+            seen = _different(seen)
+        if len(calls) != len(seen):
             continue
         scores = []
         for one, other in zip(seen, calls, strict=True):
@@ -270,6 +272,19 @@ def source(trace: Trace, seen: list[Seen]) -> tuple[Recipe, nn.Module, list[Tens
         else:
             return recipe, call.module, scores
     return None
+
+
+def _different(seen: list[Seen]) -> list[Seen]:
+    """Without scores that are computed twice, as for the choice and for its weight."""
+    kept: list[Seen] = []
+    for one in seen:
+        truth = one.truth()
+        if truth is None or not any(
+            (other := before.truth()) is not None and other.shape == truth.shape and torch.equal(other, truth)
+            for before in kept
+        ):
+            kept.append(one)
+    return kept
 
 
 def _cone(node: Node) -> set[Node]:

@@ -61,7 +61,9 @@ class Recipe:
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
         parts = {"args": args, "kwargs": kwargs, "output": output}
-        return self.of([_at(parts, source) for source in self.sources if isinstance(source, tuple)])
+        scores = self.of([_at(parts, source) for source in self.sources if isinstance(source, tuple)])
+        # no view of what the module gave, which its caller is free to change in place
+        return scores.clone() if all(step.op.split(".")[1].strip("_") in _UNSAID for step in self.steps) else scores
 
     def __repr__(self) -> str:
         """From what, and by which operations besides views and casts."""

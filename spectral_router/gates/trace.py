@@ -224,6 +224,8 @@ class Trace(TorchDispatchMode):
     # operations -------------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.paused and func._schema.is_mutable and args and isinstance(args[0], Tensor):
+            self._keep_scores(args[0])
         result = func(*args, **(kwargs or {}))
         if not self.paused:
             try:
@@ -231,6 +233,16 @@ class Trace(TorchDispatchMode):
             except Exception as problem:  # whatever it is, the user's forward goes on
                 self.failed, self.paused = problem, True
         return result
+
+    def _keep_scores(self, tensor: Tensor) -> None:
+        """Scores are held as they are before they are changed in place."""
+        node = self.nodes.get(tensor)
+        if node is None or not (node.held is tensor or (node.held is None and node in self.placed)):
+            return
+        if (found := _product_at(node, noise=False)) is not None:
+            static = next(factor for factor in factors_of(found) if factor.static)
+            if self.watched is None or any(id(p) in self.watched for p in parameters_of(static)):
+                node.held = tensor.clone()
 
     def _node_of(self, tensor: Tensor) -> Node:
         node = self.nodes.get(tensor)
@@ -273,7 +285,8 @@ class Trace(TorchDispatchMode):
             self._event(own, node, args, kwargs)
         elif own == "div" and (written := _softmax_written_out(node)) is not None:
             exp, dim = written
-            self._event("_softmax", replace(exp, args=(exp.args[0], dim)), exp.args, {})
+            logits = Node(torch.ops.aten.log.default, (exp,), shape=exp.shape, held=args[0].detach().log())
+            self._event("_softmax", Node(args=(logits, dim)), args, {})
 
     def _changed(self, func: Any, own: str, node: Node, args: Any, result: Any) -> None:
         """An operation in place: the same one out of place, where there is one, made the tensor what it is now."""
@@ -380,13 +393,14 @@ def product_before(node: Node) -> tuple[Node, Node, Node, int, list[Node]] | Non
     return None
 
 
-def _product_at(node: Node) -> Node | None:
-    """The product of tokens with parameters that this is, but for noise, views and casts."""
+def _product_at(node: Node, noise: bool = True) -> Node | None:
+    """The product of tokens with parameters that this is, but for views, casts and, where asked for, noise."""
+    had_noise = False
     for _ in range(8):
-        node = calm(node)
+        had_noise, node = had_noise or calm(node) is not node, calm(node)
         factors = factors_of(node)
         if factors:
-            return node if {factor.static for factor in factors} == {True, False} else None
+            return node if had_noise >= noise and {factor.static for factor in factors} == {True, False} else None
         if node.name not in _SAME or not node.operands():
             return None
         node = node.operands()[0]

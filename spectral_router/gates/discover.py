@@ -13,7 +13,8 @@ from .evidence import beside_experts, counts_in
 from .experts import Parts, alike
 from .gate import Gate
 from .judge import Seen, judge, line_for, seen_of, source
-from .trace import Event, Node, Trace, places_of, product_before
+from .nodes import Event, Node, places_of, product_before
+from .trace import Trace
 
 
 def observed_gates(model: nn.Module, gates: list[Gate], example: Any) -> list[Gate]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,12 +11,14 @@ from typing import Any
 from torch import nn
 
 from .judge import Seen
-from .trace import Call, Node, Trace, factors_of, places_of, product_before
+from .nodes import Call, Node, factors_of, places_of, product_before
+from .trace import Trace
 
 _FAR = 24  # operations between a gate's scores and what they weigh, at most
 # their results say which, no longer how much
 _CHOICES = {"argmax", "gt", "ge", "lt", "le", "eq", "ne", "nonzero", "one_hot", "bincount", "argsort", "sign"}
 _SLICES = {"select", "slice", "split", "split_with_sizes", "unbind", "index", "gather", "masked_select", "topk", "index_select"}
+_SUMS = {"sum", "mean", "index_add", "scatter_add", "index_put"}
 _JOINS = {"mul", "bmm", "baddbmm", "mm", "addmm", "div", "dot", "mv"}
 
 
@@ -91,8 +94,9 @@ def alike(trace: Trace, block: Call, parts: Parts, one: Seen) -> bool:
     count = one.width
     leaves = places_of(one.main.static)
     own = {id(leaf.tensor()) for leaf in leaves}
-    rows = {leaf.shape[0] for leaf in leaves if len(leaf.shape) >= 2 and leaf.shape[0] % count == 0}  # of heads
-    sizes = {count, *rows}
+    sizes = {count}
+    if math.prod(one.main.product.shape) == math.prod(one.main.logits.shape):  # all rows score: heads x experts
+        sizes |= {leaf.shape[0] for leaf in leaves if len(leaf.shape) >= 2 and leaf.shape[0] % count == 0}
     stacks = set().union(*(parts.stacks.get(size, set()) for size in sizes)) - own
     if not stacks and parts.largest < count:
         return False
@@ -144,7 +148,7 @@ def alike(trace: Trace, block: Call, parts: Parts, one: Seen) -> bool:
             sliced=bool(near) and (node.name in _SLICES or any(state.sliced for state in near)),
             chosen=not weighted and (chosen or (discrete and bool(near))),
             made=outputs.get(node) or (frozenset().union(*makers) if alone and not joins else frozenset()),
-            stacked=of_stack or (not weighted and any(state.stacked for state in given)),
+            stacked=of_stack or (not (weighted or node.name in _SUMS) and any(state.stacked for state in given)),
         )
         if state.weighs >= 0 or state.chosen or state.made or state.stacked:
             states[node] = state

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .gate import Gate
+from .nodes import SCORING, Call, Event, Node, places_of
 from .recipe import Recipe, recipe_for
 from .scoring import SCORES
-from .trace import SCORING, Call, Event, Node, Trace, places_of
+from .trace import Trace
 
 _CLOSE = 1e-5
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .._precision import full_precision
 from .._sharding import whole
-from .trace import Call, Node, calm, noisy, product_before
+from .live import Constant, Number, Own, modules_of, named_number
+from .nodes import Call, Node, calm, noisy, product_before
 
 _VIEWS = {"view", "_unsafe_view", "reshape"}
 _UNSAID = {
@@ -32,7 +31,6 @@ _UNSAID = {
     "clone",
     "alias",
 }
-_CHANGES = re.compile(r"temp|tau|scale|sharp|anneal|beta|gamma", re.I)
 _MOST = 48  # operations: beyond, a module is not what the scores come from
 
 
@@ -115,62 +113,6 @@ class Recipe:
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
 
 
-@dataclass
-class Own:
-    """A parameter or buffer, as it is when asked for."""
-
-    module: nn.Module
-    name: str
-
-    def __call__(self) -> Tensor:
-        value: Tensor = getattr(self.module, self.name)
-        return value
-
-
-@dataclass
-class Constant:
-    value: Tensor
-
-    def __call__(self) -> Tensor:
-        return self.value
-
-
-@dataclass
-class Number:
-    """A float attribute, or one over it, as it is when asked for: a temperature that is annealed, say."""
-
-    module: nn.Module
-    name: str
-    inverse: bool
-
-    def __call__(self) -> float:
-        value: float = getattr(self.module, self.name)
-        return 1 / value if self.inverse else value
-
-
-def _modules_of(call: Call | None) -> list[nn.Module]:
-    modules = []
-    while call is not None:
-        modules.append(call.module)
-        call = call.outer
-    return modules
-
-
-def _named(value: float, modules: list[nn.Module]) -> Number | float:
-    """The attribute that a number of a forward is, if there is no doubt."""
-    found = [
-        Number(module, name, inverse)
-        for inverse in (False, True)
-        for module in dict.fromkeys(modules)
-        for name, own in vars(module).items()
-        if type(own) is float and own and (1 / own if inverse else own) == value
-    ]
-    called = [number for number in found if _CHANGES.search(number.name)]
-    if called:
-        return called[0]
-    return found[0] if len({(id(n.module), n.name) for n in found}) == 1 and value != 1 else value
-
-
 def _is_ref(value: Any) -> bool:
     return isinstance(value, Ref)
 
@@ -239,7 +181,7 @@ def recipe_for(target: Node, dim: int, call: Call) -> tuple[Recipe, list[Node]] 
     order: dict[Node, int] = {}  # position among sources or, after them, among steps
     found = product_before(target)
     scored = set() if found is None else {target, *found[4]}  # where noise is to be left out
-    around = _modules_of(found[0].call) if found is not None else []
+    around = modules_of(found[0].call) if found is not None else []
 
     def plain(node: Node) -> Node:
         """Itself where the module had it, unless noise is in it; else what it is without noise."""
@@ -291,9 +233,9 @@ def recipe_for(target: Node, dim: int, call: Call) -> tuple[Recipe, list[Node]] 
 
     made = []
     for node in steps:
-        where = _modules_of(node.call)
+        where = modules_of(node.call)
         args, kwargs = tree_map(
-            lambda v: Ref(number(v)) if isinstance(v, Node) else _named(v, where) if type(v) is float else v,  # noqa: B023
+            lambda v: Ref(number(v)) if isinstance(v, Node) else named_number(v, where) if type(v) is float else v,  # noqa: B023
             (node.args, node.kwargs),
         )
         first = next((v for v in node.args if isinstance(v, Node)), None)

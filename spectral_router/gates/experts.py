@@ -98,7 +98,12 @@ def alike(trace: Trace, block: Call, parts: Parts, one: Seen) -> bool:
     if math.prod(one.main.product.shape) == math.prod(one.main.logits.shape):  # all rows score: heads x experts
         sizes |= {leaf.shape[0] for leaf in leaves if len(leaf.shape) >= 2 and leaf.shape[0] % count == 0}
     stacks = set().union(*(parts.stacks.get(size, set()) for size in sizes)) - own
-    if not stacks and parts.largest < count:
+    for node in trace.order[block.begin : block.end]:  # flat ones, which the forward cuts into slices
+        if node.static and len(node.shape) == 3 and node.shape[0] in sizes and node.op is not None:
+            stacks |= {id(leaf.tensor()) for leaf in places_of(node) if len(leaf.shape) == 2} - own
+    # one or two outputs may stand for no expert
+    fewer = set().union(*(parts.stacks.get(size, set()) for size in (count - 1, count - 2) if size > 2)) - own
+    if not (stacks or fewer) and parts.largest < count:
         return False
     groups = [group for group in parts.lists if count <= len(group) <= count + 2]
     outputs = _outputs(trace, block, parts.kinds, own)
@@ -118,8 +123,8 @@ def alike(trace: Trace, block: Call, parts: Parts, one: Seen) -> bool:
         chosen = any(state.chosen for state in given)
         weighted = any(o.static and any(leaf.place for leaf in places_of(o)) for o in operands) and not inside
         weighted = weighted and bool(factors_of(node))
-        leaves = [leaf for o in operands if o.static for leaf in places_of(o)] if stacks else []
-        of_stack = any(id(leaf.tensor()) in stacks for leaf in leaves)
+        leaves = {id(leaf.tensor()) for o in operands if o.static for leaf in places_of(o)} if stacks or fewer else set()
+        of_stack, of_fewer = bool(leaves & stacks), bool(leaves & fewer)
         joins = False
         if near and node.name in _JOINS:
             for_each = any(state.weighs >= 0 and sizes & set(o.shape) for o, state in zip(operands, given, strict=True))
@@ -134,8 +139,11 @@ def alike(trace: Trace, block: Call, parts: Parts, one: Seen) -> bool:
                     if len(here) == 1 and any(other.sliced for other in near):
                         met[number] |= here
                 joins = joins or bool(numbers)
+            joins = joins or _spent(node, operands, given)
         if (near or chosen) and of_stack and ((weighted and chosen) or node.name in ("index", "index_select", "embedding")):
             return True  # slices of a stack, by the choice
+        if chosen and of_fewer and (weighted or node.name in ("index", "index_select")):
+            return True
         if weighted and chosen:
             for expert in _experts_around(node, parts.kinds):
                 picked[parts.kinds[expert]].add(expert)
@@ -156,6 +164,17 @@ def alike(trace: Trace, block: Call, parts: Parts, one: Seen) -> bool:
     if any(count in (len(experts), *(len(experts & group) for group in groups)) for experts in met.values()):
         return True
     return any(experts <= group for experts in picked.values() for group in groups)
+
+
+def _spent(node: Node, operands: list[Node], given: list[_State]) -> bool:
+    """Whether the scores were put on something larger that no expert made: tokens, as by a gate of channels or streams."""
+    scores = max(math.prod(o.shape) for o, state in zip(operands, given, strict=True) if state.weighs >= 0)
+    others = [
+        o
+        for o, state in zip(operands, given, strict=True)
+        if not (o.static or state.weighs >= 0 or state.chosen or state.stacked)
+    ]
+    return bool(others) and (node.name not in ("mul", "div") or math.prod(node.shape) > scores)
 
 
 def _experts_around(node: Node, kinds: dict[int, int]) -> list[int]:

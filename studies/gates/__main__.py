@@ -3,6 +3,8 @@
 python -m studies.gates                     # all models, about two minutes
 python -m studies.gates mixtral deepspeed   # some
 python -m studies.gates --markdown docs/gates_found.md
+python -m studies.gates --example             # found by what one forward computes, beside names
+python -m studies.gates --example --renamed   # the same, with nothing left that a name could tell
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ def rename_(model: nn.Module, seed: int) -> nn.Module:
         if kind.__module__.startswith("torch.nn."):
             continue
         names: dict[str, str] = {}
-        for table in (module._modules, module._parameters, module._buffers):
+        listed = isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.Sequential, nn.ParameterDict, nn.ParameterList))
+        for table in (module._modules, module._parameters, module._buffers) if not listed else ():
             _rename_in(table, list(table), kind, names, generator)
         own = [key for key, value in vars(module).items() if isinstance(value, _PLAIN) or hasattr(value, "to_dict")]
         _rename_in(module.__dict__, [key for key in own if not key.startswith("_") and key != "training"], kind, names, generator)

@@ -13,7 +13,7 @@ from .evidence import beside_experts, counts_in
 from .experts import Parts, alike
 from .gate import Gate
 from .judge import Seen, judge, line_for, seen_of, source
-from .nodes import Event, Node, places_of, product_before
+from .nodes import CHOOSING, Event, Node, places_of, product_before
 from .trace import Trace
 
 
@@ -125,7 +125,8 @@ def _scores_of_parts(trace: Trace, events: list[Event], known: list[Gate]) -> It
         seen = [one for one in seen_of(events, set(leaves)) if one.main.static is event.static or one.width == event.width]
         if not seen or seen[0].scoring is None or seen[0].main.product in widths:
             continue
-        if (block := _weighs_alike(trace, seen[0], parts)) is not None:
+        blocks = (_weighs_alike(trace, one, parts) for one in seen)  # some choose, others weigh
+        if (block := next((block for block in blocks if block is not None), None)) is not None:
             yield seen, block
 
 
@@ -159,16 +160,34 @@ def _gate_of(trace: Trace, seen: list[Seen], block: nn.Module, paths: dict[int, 
     if found is None:
         return None
     recipe, module, _ = found
+    count = _chosen_among(trace, one)
+    if count is None:
+        return None
     heads = rows // one.width if rows != one.width and rows % one.width == 0 and columns != one.width else 1
     path = paths.get(id(holder), "")
     name = path if isinstance(holder, nn.Linear) else f"{path}.{parameter if isinstance(parameter, str) else parameter[0]}"
     gate = Gate(
-        name.lstrip("."), module, one.width, parameter, one.scoring or "softmax", reads="logits", recipe=recipe, holder=holder,
+        name.lstrip("."), module, count, parameter, one.scoring or "softmax", reads="logits", recipe=recipe, holder=holder,
         block=block, heads=heads, transposed=rows != one.width and columns == one.width and heads == 1,
     )  # fmt: skip
     if module is holder and isinstance(holder, nn.Linear) and not recipe.steps:
         gate.recipe, gate.holder = None, None  # its own output, as of any linear gate
     return gate
+
+
+def _chosen_among(trace: Trace, one: Seen) -> int | None:
+    """How many of the scores a choice is made among: not among those of shared experts, which come last; None: elsewhere."""
+    for event in trace.events:
+        if event.product is one.main.product and event.kind in CHOOSING and one.width - 2 <= event.width < one.width:
+            node = event.logits
+            for _ in range(8):
+                if node.name == "slice" and node.shape[-1] < node.args[0].shape[-1]:
+                    return event.width if node.args[2] == 0 else None
+                inward = [operand for operand in node.operands() if not operand.static]
+                if len(inward) != 1:
+                    break
+                node = inward[0]
+    return one.width
 
 
 def _below(block: nn.Module, module: nn.Module) -> str:

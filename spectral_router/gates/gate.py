@@ -140,7 +140,7 @@ class Gate:
         if self.probs is not None:
             return self.probs(self.module, args, kwargs, output)
         if self.recipe is not None:
-            scores = at_least_float32(self.recipe(args, kwargs, output))
+            scores = at_least_float32(self.recipe(args, kwargs, output))[..., : self.num_experts]
             return scores if logits or self.reads == "probs" else self.score(scores)
         if self.reads == "input":
             tokens = first_tokens(args, kwargs, self.dim)

@@ -71,8 +71,7 @@ class Recorder(Objective):
             for gate, part in zip(gates, within, strict=True)
         ]
         self.step = Step(self.taps)
-        self.observed = Observed()
-        self.by_names = False  # all gates of the model were asked for, and found by their names
+        self.observed, self.by_names = Observed(), False  # all gates were asked for, and found by names
         self.at_step: AtStep | None = None  # where the term goes to the optimizer's step
         self.threads: dict[int, Recorder] = {}
         self._start()
@@ -159,8 +158,7 @@ class Recorder(Objective):
                 weight = whole(weight).clone()  # sharding engines free it after the module's forward
         layout = layout_of(args, kwargs, weight)
         # an adapter that is switched off leaves W frozen; one that was put on after wrapping is not known here
-        learns = trainable(gate) and (weight.requires_grad or hasattr(gate.owner, "parametrizations"))
-        if not (learns or gate.buffered):
+        if not (gate.buffered or (trainable(gate) and (weight.requires_grad or hasattr(gate.owner, "parametrizations")))):
             if self.step.open:
                 tap.calls.append(Call(None, weight, layout))
             return None

@@ -118,10 +118,13 @@ def _scores_of_parts(trace: Trace, events: list[Event], known: list[Gate]) -> It
     widths = _widths_of_noise(trace)
     parts: dict[int, Parts] = {}
     for event in events:
-        leaves = tuple(id(leaf.tensor()) for leaf in places_of(event.static) if leaf.tensor() is not None)
+        tensors = [leaf.tensor() for leaf in places_of(event.static) if leaf.tensor() is not None]
+        leaves = tuple(map(id, tensors))
         if leaves in done or taken & set(leaves):
             continue
         done.add(leaves)
+        if any(tensor.ndim > 1 and not tensor.is_floating_point() for tensor in tensors):
+            continue  # quantised: no numbers to penalise
         seen = [one for one in seen_of(events, set(leaves)) if one.main.static is event.static or one.width == event.width]
         if not seen or seen[0].scoring is None or seen[0].main.product in widths:
             continue

@@ -34,7 +34,9 @@ def rename_(model: nn.Module, seed: int) -> nn.Module:
         for table in (module._modules, module._parameters, module._buffers) if not listed else ():
             _rename_in(table, list(table), kind, names, generator)
         own = [key for key, value in vars(module).items() if isinstance(value, _PLAIN) or hasattr(value, "to_dict")]
-        _rename_in(module.__dict__, [key for key in own if not key.startswith("_") and key != "training"], kind, names, generator)
+        _rename_in(
+            module.__dict__, [key for key in own if not key.startswith("_") and key != "training"], kind, names, generator
+        )
         module.__dict__["_called"] = names
         if kind not in kinds:
             kinds[kind] = type(_word(generator).title(), (kind,), {"__getattr__": _look_up, "__module__": __name__})
@@ -42,9 +44,7 @@ def rename_(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-def _rename_in(
-    table: dict[str, Any], keys: Iterable[str], kind: type, names: dict[str, str], generator: random.Random
-) -> None:
+def _rename_in(table: dict[str, Any], keys: Iterable[str], kind: type, names: dict[str, str], generator: random.Random) -> None:
     """The same entries in the same order. What the class has under the same name would be found instead, so it stays."""
     for key in list(table):
         value = table.pop(key)

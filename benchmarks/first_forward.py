@@ -1,4 +1,4 @@
-"""What watching the first training forward costs, and finding gates by an example: as ratios to a plain forward of the same model.
+"""What watching the first training forward costs, and finding gates by an example, as ratios to a plain forward.
 
     python -m benchmarks.first_forward
 
@@ -17,7 +17,7 @@ from spectral_router import find_gates, wrap_moe
 from ._harness import Clock, Report, device, parser, progress, publish, show_ms, show_ratio
 from .wrap import build
 
-WAYS = ("plain", "first, wrapped", "second, wrapped", "find_gates(example)")
+WAYS = ("plain", "first, wrapped", "find_gates(example)")
 
 
 def measure(
@@ -49,12 +49,11 @@ def measure(
             timed("plain")
             with wrap_moe(model):
                 timed("first, wrapped")
-                timed("second, wrapped")
             timed("find_gates(example)", example=True)
     report.raw = {"forward": seconds}
     for way in WAYS:
         report.rows.append([way, show_ms(seconds[way]), "1" if way == "plain" else show_ratio(seconds, way, "plain", 3)])
-    report.notes = ["With the default penalty and balance loss in it. The first one is once a run."]
+    report.notes = ["With the default penalty and balance loss in it. Once a run; later steps are in `benchmarks.wrap`."]
     return [report]
 
 

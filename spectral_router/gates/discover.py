@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .evidence import beside_experts, counts_in
-from .experts import Parts, alike
+from .experts import Parts, alike, pairs
 from .gate import Gate
 from .judge import Seen, judge, line_for, seen_of, source
 from .nodes import CHOOSING, Event, Node, places_of, product_before
@@ -88,13 +88,15 @@ def discovered(trace: Trace, model: nn.Module, known: list[Gate]) -> Discovered:
     paths = {id(module): name for name, module in model.named_modules()}
     found = Discovered([], [])
     for seen, block in _scores_of_parts(trace, trace.events, known):
-        gate = _gate_of(trace, seen, block, paths)
+        gate = None if block is None else _gate_of(trace, seen, block, paths)
         if gate is not None:
             found.gates.append(gate)
         else:
+            count = seen[0].width
+            why = "keys whose pairs are the experts (product keys), so" if block is None else "experts, but"
             found.told.append(
-                f"{_named(seen, paths)} scores {seen[0].width} experts, but the scores cannot be had again from what a module "
-                f"is given or gives; write gates=Gate(name, module, {seen[0].width}, parameter, probs=function), with "
+                f"{_named(seen, paths)} scores {count} {why} the scores cannot be had again from what a module is given or "
+                f"gives; write gates=Gate(name, module, {count}, parameter, probs=function), with "
                 "function(module, args, kwargs, output) -> probabilities (tokens, experts)"
             )
     return found
@@ -112,7 +114,7 @@ def missed(trace: Trace, model: nn.Module, known: list[Gate]) -> list[str]:
     return [f"{_named(seen, paths)} ({seen[0].width} experts)" for seen, _ in scores]
 
 
-def _scores_of_parts(trace: Trace, events: list[Event], known: list[Gate]) -> Iterator[tuple[list[Seen], nn.Module]]:
+def _scores_of_parts(trace: Trace, events: list[Event], known: list[Gate]) -> Iterator[tuple[list[Seen], nn.Module | None]]:
     taken = {id(gate.matrix) for gate in known}
     done: set[tuple[int, ...]] = set()
     widths = _widths_of_noise(trace)
@@ -127,6 +129,9 @@ def _scores_of_parts(trace: Trace, events: list[Event], known: list[Gate]) -> It
             continue  # quantised: no numbers to penalise
         seen = [one for one in seen_of(events, set(leaves)) if one.main.static is event.static or one.width == event.width]
         if not seen or seen[0].scoring is None or seen[0].main.product in widths:
+            continue
+        if any(event.kind == "topk" and pairs(trace, event.product) for event in events if event.static is seen[0].main.static):
+            yield seen, None
             continue
         blocks = (_weighs_alike(trace, one, parts) for one in seen)  # some choose, others weigh
         if (block := next((block for block in blocks if block is not None), None)) is not None:

@@ -123,8 +123,8 @@ def alike(trace: Trace, block: Call, parts: Parts, one: Seen) -> bool:
         chosen = any(state.chosen for state in given)
         weighted = any(o.static and any(leaf.place for leaf in places_of(o)) for o in operands) and not inside
         weighted = weighted and bool(factors_of(node))
-        leaves = {id(leaf.tensor()) for o in operands if o.static for leaf in places_of(o)} if stacks or fewer else set()
-        of_stack, of_fewer = bool(leaves & stacks), bool(leaves & fewer)
+        behind = {id(leaf.tensor()) for o in operands if o.static for leaf in places_of(o)} if stacks or fewer else set()
+        of_stack, of_fewer = bool(behind & stacks), bool(behind & fewer)
         joins = False
         if near and node.name in _JOINS:
             for_each = any(state.weighs >= 0 and sizes & set(o.shape) for o, state in zip(operands, given, strict=True))
@@ -164,6 +164,21 @@ def alike(trace: Trace, block: Call, parts: Parts, one: Seen) -> bool:
     if any(count in (len(experts), *(len(experts & group) for group in groups)) for experts in met.values()):
         return True
     return any(experts <= group for experts in picked.values() for group in groups)
+
+
+def pairs(trace: Trace, product: Node) -> bool:
+    """Whether scores are added to each other, each to each: their keys' pairs are the experts, as of product keys."""
+    behind = {product}
+    for node in trace.order:
+        given = [operand for operand in node.operands() if operand in behind]
+        if not given:
+            continue
+        sizes = [math.prod(operand.shape) for operand in given]
+        if node.name == "add" and len(given) == 2 and given[0] is not given[1] and math.prod(node.shape) > max(sizes):
+            return True
+        if not (factors_of(node) and any(operand.static for operand in node.operands())):
+            behind.add(node)
+    return False
 
 
 def _spent(node: Node, operands: list[Node], given: list[_State]) -> bool:

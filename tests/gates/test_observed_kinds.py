@@ -220,6 +220,28 @@ def test_what_is_seen_and_cannot_be_read_is_told() -> None:
         assert find_gates(BehindDropout(), example=torch.randn(32, DIM)) == []
 
 
+class ProductKeys(nn.Module):
+    """Lample et al. 2019: two sets of keys, whose pairs choose rows of a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.keys = nn.Linear(DIM, 2 * DIM), nn.Parameter(torch.randn(2, EXPERTS, DIM))
+        self.table = nn.Embedding(EXPERTS**2, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, keys = torch.einsum("nsd,skd->snk", self.queries(x).unflatten(-1, (2, DIM)), self.keys).topk(2, -1)
+        weights, best = (scores[0, :, :, None] + scores[1, :, None]).flatten(1).topk(2, -1)
+        pairs = (keys[0, :, :, None] * EXPERTS + keys[1, :, None]).flatten(1).gather(-1, best)
+        return (weights.softmax(-1)[..., None] * self.table(pairs)).sum(1)
+
+
+def test_keys_whose_pairs_are_the_experts_are_told() -> None:
+    with pytest.warns(
+        UserWarning, match=r"^keys scores 4 keys whose pairs are the experts \(product keys\).*write gates=Gate\("
+    ):
+        assert find_gates(ProductKeys(), example=torch.randn(32, DIM)) == []
+
+
 class HalfNamed(nn.Module):
     """One gate has a name that tells, the others have none."""
 

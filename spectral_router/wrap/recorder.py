@@ -98,8 +98,7 @@ class Recorder(Objective):
             mine.gates = [tap.gate for tap in mine.taps]
             mine.step = Step(mine.taps)
             mine.observed = Observed()
-            # not watched: replicas share their hooks, and others are on their way through them
-            mine.observed.done = set(range(len(self.parts)))
+            mine.observed.done = set(range(len(self.parts)))  # others are on their way through the hooks that replicas share
             unwatch(mine)
         return mine
 

@@ -2,11 +2,13 @@
 
     python -m benchmarks.wrap
 
-Steps with and without the hooks alternate in one process, on one model, so that drift of the machine hits both alike.
+Steps with and without the hooks alternate in one process, on two copies of one model, so that drift of the machine hits both
+alike. The first forward, which is watched, falls into the warm-up; `benchmarks.first_forward` has it.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
 import warnings
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from spectral_router import SpectralRankPenalty, wrap_moe
+from spectral_router import wrap_moe
 
 from ._harness import WARM_UP, Clock, Report, device, parser, peak_bytes, progress, publish, show_ms, show_ratio
 
@@ -81,14 +83,14 @@ def live_tensors() -> int:
 
 def times(model: nn.Module, ids: Tensor, repeats: int) -> dict[str, dict[str, list[float]]]:
     """Seconds by part of alternating steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    penalty = SpectralRankPenalty("initial", relative=True)  # the default, one for the whole run as in training
+    models = {"unwrapped": model, "wrapped": copy.deepcopy(model)}
+    wrap_moe(models["wrapped"])
+    optimizers = {name: torch.optim.AdamW(one.parameters(), lr=1e-4) for name, one in models.items()}
     seconds: dict[str, dict[str, list[float]]] = {part: {"unwrapped": [], "wrapped": []} for part in PARTS}
     for repeat in range(-WARM_UP, repeats):
         progress(f"wrap: {repeat + 1} of {repeats}")
         for name in sorted(("unwrapped", "wrapped"), reverse=bool(repeat % 2)):  # in turns first and second
-            with wrap_moe(model, penalty=penalty) if name == "wrapped" else nullcontext():
-                step = train_step(model, optimizer, ids)
+            step = train_step(models[name], optimizers[name], ids)
             if repeat >= 0:
                 for part in PARTS:
                     seconds[part][name].append(step[part])

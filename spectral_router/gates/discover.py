@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .evidence import beside_experts, counts_in
+from .experts import Parts, alike, pairs
 from .gate import Gate
 from .judge import Seen, judge, line_for, seen_of, source
-from .trace import Node, Trace, factors_of, places_of
-
-_FAR = 24  # operations between a gate's scores and what they weigh, at most
+from .nodes import CHOOSING, Event, Node, places_of, product_before
+from .trace import Trace
 
 
 def observed_gates(model: nn.Module, gates: list[Gate], example: Any) -> list[Gate]:
@@ -23,10 +24,20 @@ def observed_gates(model: nn.Module, gates: list[Gate], example: Any) -> list[Ga
         UserWarning: a gate is not what was assumed, and cannot be read by what was seen.
     """
     trace = observe_forward(model, example, gates)
-    kept, said = confirmed(trace, gates)
-    for message in said:
+    kept, said = confirmed(trace, [gate for gate in gates if not _refuted(trace, gate)])
+    more = discovered(trace, model, kept)
+    for message in said + more.told:
         warnings.warn(message, stacklevel=4)
-    return kept + discovered(trace, model, kept)
+    return kept + more.gates
+
+
+def _refuted(trace: Trace, gate: Gate) -> bool:
+    """Whether only a name and a list of as many modules spoke for it, and its scores have nothing to do with these."""
+    block = gate.block
+    if block is None or beside_experts(block) or counts_in(block) or counts_in(gate.module):
+        return False
+    seen = seen_of(trace.events, {id(gate.matrix)})
+    return bool(seen) and _weighs_alike(trace, seen[0], {}) is None
 
 
 def observe_forward(model: nn.Module, example: Any, gates: list[Gate]) -> Trace:
@@ -67,32 +78,75 @@ def confirmed(trace: Trace, gates: list[Gate]) -> tuple[list[Gate], list[str]]:
     return kept, said
 
 
-def discovered(trace: Trace, model: nn.Module, known: list[Gate]) -> list[Gate]:
+class Discovered(NamedTuple):
+    gates: list[Gate]
+    told: list[str]  # of scores that cannot be read again
+
+
+def discovered(trace: Trace, model: nn.Module, known: list[Gate]) -> Discovered:
     """Gates that no name told of: scores of tokens over K alternatives, which weigh or choose K alike parts of the model."""
-    taken = {id(gate.matrix) for gate in known}
     paths = {id(module): name for name, module in model.named_modules()}
-    gates: list[Gate] = []
+    found = Discovered([], [])
+    for seen, block in _scores_of_parts(trace, trace.events, known):
+        gate = None if block is None else _gate_of(trace, seen, block, paths)
+        if gate is not None:
+            found.gates.append(gate)
+        else:
+            count = seen[0].width
+            why = "keys whose pairs are the experts (product keys), so" if block is None else "experts, but"
+            found.told.append(
+                f"{_named(seen, paths)} scores {count} {why} the scores cannot be had again from what a module is given or "
+                f"gives; write gates=Gate(name, module, {count}, parameter, probs=function), with "
+                "function(module, args, kwargs, output) -> probabilities (tokens, experts)"
+            )
+    return found
+
+
+def _named(seen: list[Seen], paths: dict[int, str]) -> str:
+    holder, name = next(leaf.place for leaf in places_of(seen[0].main.static) if leaf.place is not None)
+    return f"{paths.get(id(holder), '')}.{name}".lstrip(".")
+
+
+def missed(trace: Trace, model: nn.Module, known: list[Gate]) -> list[str]:
+    """The same by name only, for a forward whose other values were not kept."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    scores = _scores_of_parts(trace, trace.others, known)
+    return [f"{_named(seen, paths)} ({seen[0].width} experts)" for seen, _ in scores]
+
+
+def _scores_of_parts(trace: Trace, events: list[Event], known: list[Gate]) -> Iterator[tuple[list[Seen], nn.Module | None]]:
+    taken = {id(gate.matrix) for gate in known}
     done: set[tuple[int, ...]] = set()
-    for event in trace.events:
-        leaves = tuple(id(leaf.tensor()) for leaf in places_of(event.static) if leaf.tensor() is not None)
+    widths = _widths_of_noise(trace)
+    parts: dict[int, Parts] = {}
+    for event in events:
+        tensors = [leaf.tensor() for leaf in places_of(event.static) if leaf.tensor() is not None]
+        leaves = tuple(map(id, tensors))
         if leaves in done or taken & set(leaves):
             continue
         done.add(leaves)
-        seen = [one for one in seen_of(trace, set(leaves)) if one.main.static is event.static or one.width == event.width]
-        if not seen or seen[0].scoring is None or _width_of_noise(trace, seen[0]):
+        if any(tensor.ndim > 1 and not tensor.is_floating_point() for tensor in tensors):
+            continue  # quantised: no numbers to penalise
+        seen = [one for one in seen_of(events, set(leaves)) if one.main.static is event.static or one.width == event.width]
+        if not seen or seen[0].scoring is None or seen[0].main.product in widths:
             continue
-        if (block := _weighs_alike(trace, seen[0])) is None:
+        if any(event.kind == "topk" and pairs(trace, event.product) for event in events if event.static is seen[0].main.static):
+            yield seen, None
             continue
-        gate = _gate_of(trace, seen, block, paths)
-        if gate is not None:
-            gates.append(gate)
-    return gates
+        blocks = (_weighs_alike(trace, one, parts) for one in seen)  # some choose, others weigh
+        if (block := next((block for block in blocks if block is not None), None)) is not None:
+            yield seen, block
 
 
-def _width_of_noise(trace: Trace, one: Seen) -> bool:
-    """A softplus beside scores that something random was added to: it says how much, and scores nothing."""
-    same = [event for event in trace.events if event.call is one.main.call and event.product is not one.main.product]
-    return one.main.kind == "softplus" and any(event.logits.random for event in same)
+def _widths_of_noise(trace: Trace) -> set[Node]:
+    """Products that random numbers are multiplied by: they say how much noise there is, and score nothing."""
+    found = set()
+    for node in trace.order:
+        if node.name == "mul" and any(operand.pure for operand in node.operands()):
+            for operand in node.operands():
+                if not operand.pure and not operand.static and (behind := product_before(operand)) is not None:
+                    found.add(behind[0])
+    return found
 
 
 def _gate_of(trace: Trace, seen: list[Seen], block: nn.Module, paths: dict[int, str]) -> Gate | None:
@@ -114,11 +168,14 @@ def _gate_of(trace: Trace, seen: list[Seen], block: nn.Module, paths: dict[int, 
     if found is None:
         return None
     recipe, module, _ = found
+    count = _chosen_among(trace, one)
+    if count is None:
+        return None
     heads = rows // one.width if rows != one.width and rows % one.width == 0 and columns != one.width else 1
     path = paths.get(id(holder), "")
     name = path if isinstance(holder, nn.Linear) else f"{path}.{parameter if isinstance(parameter, str) else parameter[0]}"
     gate = Gate(
-        name.lstrip("."), module, one.width, parameter, one.scoring or "softmax", reads="logits", recipe=recipe, holder=holder,
+        name.lstrip("."), module, count, parameter, one.scoring or "softmax", reads="logits", recipe=recipe, holder=holder,
         block=block, heads=heads, transposed=rows != one.width and columns == one.width and heads == 1,
     )  # fmt: skip
     if module is holder and isinstance(holder, nn.Linear) and not recipe.steps:
@@ -126,79 +183,33 @@ def _gate_of(trace: Trace, seen: list[Seen], block: nn.Module, paths: dict[int, 
     return gate
 
 
+def _chosen_among(trace: Trace, one: Seen) -> int | None:
+    """How many of the scores a choice is made among: not among those of shared experts, which come last; None: elsewhere."""
+    for event in trace.events:
+        if event.product is one.main.product and event.kind in CHOOSING and one.width - 2 <= event.width < one.width:
+            node = event.logits
+            for _ in range(8):
+                if node.name == "slice" and node.shape[-1] < node.args[0].shape[-1]:
+                    return event.width if node.args[2] == 0 else None
+                inward = [operand for operand in node.operands() if not operand.static]
+                if len(inward) != 1:
+                    break
+                node = inward[0]
+    return one.width
+
+
 def _below(block: nn.Module, module: nn.Module) -> str:
     path = next((name for name, child in block.named_modules() if child is module), "")
     return f"{path}." if path else ""
 
 
-def _weighs_alike(trace: Trace, one: Seen) -> nn.Module | None:
+def _weighs_alike(trace: Trace, one: Seen, parts: dict[int, Parts]) -> nn.Module | None:
     """The module whose K alike parts, modules or slices of stacked parameters, the scores weigh or choose, if any."""
     call = one.main.call
     for _ in range(4):
         if call is None:
             return None
-        for experts in _alike(call.module, one.width):
-            if _meets(trace, one, experts):
-                return call.module
+        if alike(trace, call, parts.setdefault(id(call.module), Parts(call.module)), one):
+            return call.module
         call = call.outer
     return None
-
-
-def _alike(block: nn.Module, count: int) -> Iterator[list[set[int]]]:
-    """Sets of K alike parts: of each, the ids of its parameters; a stack is one set of one."""
-    groups: list[list[nn.Module]] = [list(block.children())]
-    for child in block.modules():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or (child is not block and len(list(child.children())) >= count):
-            groups.append(list(child.children()))
-    for group in groups:
-        kinds: dict[type, list[nn.Module]] = {}
-        for module in group:
-            kinds.setdefault(type(module), []).append(module)
-        for modules in kinds.values():
-            if len(modules) >= count and len(modules) - count <= 2 and _shapes(modules[-1]) and _equal(modules[-count:]):
-                yield [{id(p) for p in module.parameters()} for module in modules]
-    for module in block.modules():
-        if not isinstance(module, nn.modules.conv._ConvNd):
-            for parameter in module.parameters(recurse=False):
-                if parameter.ndim >= 3 and parameter.shape[0] == count:
-                    yield [{id(parameter)}]
-
-
-def _shapes(module: nn.Module) -> list[torch.Size]:
-    return [parameter.shape for parameter in module.parameters()]
-
-
-def _equal(modules: list[nn.Module]) -> bool:
-    return all(_shapes(module) == _shapes(modules[0]) for module in modules)
-
-
-def _meets(trace: Trace, one: Seen, experts: list[set[int]]) -> bool:
-    """Whether the scores and what the experts make meet in one operation, or the choice picks what they get.
-
-    Followed are values of the scores for a few operations, up to the next product with parameters of others.
-    """
-    ids: set[int] = set().union(*experts)
-    if any(id(leaf.tensor()) in ids for leaf in places_of(one.main.static)):
-        return False  # the gate of one of many layers: they are not what it weighs
-    scored = {one.main.logits: 0}
-    made: set[Node] = set()
-    for node in trace.order:
-        operands = node.operands()
-        if not operands or node.static:
-            continue
-        near = [scored[o] for o in operands if o in scored]
-        from_experts = any(o in made for o in operands) or any(
-            o.static and any(id(leaf.tensor()) in ids for leaf in places_of(o)) for o in operands
-        )
-        with_weights = bool(factors_of(node)) and any(o.static for o in operands)
-        if near and from_experts and any(o in made and o not in scored for o in operands):
-            return True
-        if near and from_experts and with_weights and node.name in ("bmm", "baddbmm", "mm", "addmm"):
-            return True
-        if near and from_experts and node.name in ("index", "index_select", "embedding"):
-            return True  # slices of a stack, by the choice
-        if from_experts and not near:
-            made.add(node)
-        if near and min(near) < _FAR and not with_weights:
-            scored[node] = min(near) + 1
-    return False

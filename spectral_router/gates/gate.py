@@ -123,6 +123,11 @@ class Gate:
         return matrix
 
     @property
+    def buffered(self) -> bool:
+        """Whether the matrix is a buffer, which is read and does not learn."""
+        return isinstance(self.parameter, str) and self.parameter.rpartition(".")[2] in self.owner._buffers
+
+    @property
     def dim(self) -> int:
         """D, the length of the vectors that the matrix scores."""
         shape = getattr(self.matrix, "ds_shape", self.matrix.shape)  # under ZeRO-3 the parameter itself is empty
@@ -135,7 +140,7 @@ class Gate:
         if self.probs is not None:
             return self.probs(self.module, args, kwargs, output)
         if self.recipe is not None:
-            scores = at_least_float32(self.recipe(args, kwargs, output))
+            scores = at_least_float32(self.recipe(args, kwargs, output))[..., : self.num_experts]
             return scores if logits or self.reads == "probs" else self.score(scores)
         if self.reads == "input":
             tokens = first_tokens(args, kwargs, self.dim)

@@ -5,7 +5,7 @@ Over 250 lines: one verdict, read from top to bottom.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .gate import Gate
+from .nodes import SCORING, Call, Event, Node, places_of
 from .recipe import Recipe, recipe_for
 from .scoring import SCORES
-from .trace import SCORING, Call, Event, Node, Trace, places_of
+from .trace import Trace
 
 _CLOSE = 1e-5
 
@@ -62,11 +63,12 @@ def judge(trace: Trace, gate: Gate, read: list[Tensor] | None) -> Verdict:
     """`read`: the probabilities (*, K) that were read of each call of the gate; None: reading failed."""
     if gate.probs is not None or gate.scoring == "product_keys" or trace.failed is not None:
         return Verdict()
-    seen = seen_of(trace, {id(gate.matrix)})
+    made = isinstance(gate.parameter, str) and not (gate.buffered or isinstance(gate.matrix, nn.Parameter))
+    seen = seen_of(trace.events, {id(p) for p in gate.owner.parameters()} if made else {id(gate.matrix)})
     # of tied gates each is judged by its own calls
     seen = [one for one in seen if _within(one, gate.module) or _within(one, gate.block)] or seen
     if not seen:
-        return _of_another(trace, gate, read)
+        return Verdict() if made else _of_another(trace, gate, read)
     if read is not None and _same(gate, seen, read):
         return Verdict()
     return _corrected(trace, gate, seen, read)
@@ -79,10 +81,10 @@ def _within(one: Seen, module: nn.Module | None) -> bool:
     return module is not None and call is not None
 
 
-def seen_of(trace: Trace, ids: set[int]) -> list[Seen]:
+def seen_of(events: Iterable[Event], ids: set[int]) -> list[Seen]:
     """The products with one of these parameters whose results are scored or chosen from, in order."""
     products: dict[Node, list[Event]] = {}
-    for event in trace.events:
+    for event in events:
         if any(id(leaf.tensor()) in ids for leaf in places_of(event.static) if leaf.tensor is not None):
             products.setdefault(event.product, []).append(event)
     found = []
@@ -129,10 +131,10 @@ def _same(gate: Gate, seen: list[Seen], read: list[Tensor]) -> bool:
         return False  # it is not called as a module
     had = [tensor.detach().reshape(-1, gate.num_experts).float() for tensor in read]
     told = torch.cat(had)
-    for noisy in (True, False):
+    for as_it_was in (False, True):
         parts: list[Any] = []
         for one in seen:
-            logits = one.truth() if noisy else _calm(one)
+            logits = one.truth() if as_it_was and not one.main.noisy else _calm(one)
             if logits is None or one.width < gate.num_experts:
                 parts = []
                 break
@@ -161,7 +163,7 @@ def _tolerance(one: Seen) -> float:
 
 
 def _calm(one: Seen) -> Tensor | None:
-    if not one.main.logits.random or one.main.call is None:
+    if not one.main.noisy or one.main.call is None:
         return None
     call: Call | None = one.main.call
     while call is not None:
@@ -176,17 +178,35 @@ def _of_another(trace: Trace, gate: Gate, read: list[Tensor] | None) -> Verdict:
     """The matrix was in no product that is scored: is another one of the gate's own?"""
     beside = {id(p) for p in gate.module.parameters()} | {id(p) for p in (gate.block or gate.module).parameters(recurse=False)}
     beside |= {id(b) for b in gate.module.buffers()}
-    seen = [one for one in seen_of(trace, beside) if one.width == gate.num_experts]
+    seen = [one for one in seen_of(trace.events, beside) if one.width == gate.num_experts]
     statics = {tuple(id(leaf) for leaf in places_of(one.main.static)) for one in seen}
-    if len(statics) != 1:
-        return Verdict()
-    leaves = _matrices(seen[0])
+    leaves = _matrices(seen[0]) if len(statics) == 1 else []
     if len(leaves) != 1 or leaves[0].place is None:
-        return Verdict()
+        return _unseen(trace, gate, read)
     holder, name = leaves[0].place
     rows = leaves[0].shape[0] == gate.num_experts
     other = replace(gate, holder=holder, parameter=name, transposed=not rows, adapter=None, assumed=False)
     return _corrected(trace, other, seen, read, f"the matrix {gate.parameter!r} is in no score over experts; {name!r} is")
+
+
+def _unseen(trace: Trace, gate: Gate, read: list[Tensor] | None) -> Verdict:
+    """Of a gate that ran, and whose probabilities are those of no scores: what is read is a guess, and is said to be one."""
+    if not read or gate.adapter is not None or (trace.watched is not None and id(gate.matrix) not in trace.watched):
+        return Verdict()
+    told = torch.cat([tensor.detach().reshape(-1, gate.num_experts).float() for tensor in read])
+    for event in trace.events:
+        if event.width == gate.num_experts and event.logits.held is not None:
+            scores = Seen(event, None).truth()
+            if scores is not None and scores.shape == told.shape and _near(SCORES[gate.scoring](scores), told):
+                return Verdict()
+    return Verdict(
+        message=f"assumed {gate.scoring} ({gate.how}), but nothing was seen that scores, or chooses among, {gate.num_experts} "
+        f"products of tokens with {gate.parameter!r}"
+    )
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= 2e-2)
 
 
 def _matrices(one: Seen) -> list[Node]:
@@ -225,7 +245,10 @@ def _corrected(trace: Trace, gate: Gate, seen: list[Seen], read: list[Tensor] | 
 def source(trace: Trace, seen: list[Seen]) -> tuple[Recipe, nn.Module, list[Tensor]] | None:
     """The module whose calls give these logits by the shortest recipe, one call for each, verified; and the logits."""
     options = []
+    cone = _cone(seen[0].main.logits)
     for call in trace.calls:
+        if cone.isdisjoint(call.places):
+            continue
         found = recipe_for(seen[0].main.logits, seen[0].main.dim, call)
         if found is not None:
             recipe, _ = found
@@ -233,6 +256,8 @@ def source(trace: Trace, seen: list[Seen]) -> tuple[Recipe, nn.Module, list[Tens
             options.append((work, -len(call.name), call, recipe))
     for _, _, call, recipe in sorted(options, key=lambda option: option[:2]):
         calls = [other for other in trace.calls if other.module is call.module]
+        if len(calls) != len(seen):
+            seen = _different(seen)
         if len(calls) != len(seen):
             continue
         scores = []
@@ -250,25 +275,51 @@ def source(trace: Trace, seen: list[Seen]) -> tuple[Recipe, nn.Module, list[Tens
     return None
 
 
+def _different(seen: list[Seen]) -> list[Seen]:
+    """Without scores that are computed twice, as for the choice and for its weight."""
+    kept: list[Seen] = []
+    for one in seen:
+        truth = one.truth()
+        if truth is None or not any(
+            (other := before.truth()) is not None and other.shape == truth.shape and torch.equal(other, truth)
+            for before in kept
+        ):
+            kept.append(one)
+    return kept
+
+
+def _cone(node: Node) -> set[Node]:
+    """What a recipe for this could begin with."""
+    edge, seen = [node], {node}
+    while edge and len(seen) < 512:
+        for operand in edge.pop(0).operands():
+            if operand not in seen and not operand.static:
+                seen.add(operand)
+                edge.append(operand)
+    return seen
+
+
 def _holds(recipe: Recipe, values: list[Tensor], one: Seen) -> bool:
-    """Whether the recipe gives what was seen, and the first half of that for the first half of the tokens."""
+    """Whether the recipe gives what was seen, and the same again for another number of tokens."""
     try:
         whole = recipe.of(values)
         truth = one.main.logits.held
         if truth is None:
             return False
         truth = truth.movedim(one.main.dim, -1)
-        if not one.main.logits.random and not _close(whole, truth, _tolerance(one)):
+        if not one.main.noisy and not _close(whole, truth, _tolerance(one)):
             return False
         length = values[0].shape[0] if values[0].ndim > 1 else 1
         if length < 2 or any(value.ndim < 2 or value.shape[0] != length for value in values):
             return True
-        half = recipe.of([value[: length // 2] for value in values])
-        rows = half.reshape(-1, half.shape[-1])
-        return (
-            _close(rows, whole.reshape(-1, whole.shape[-1])[: len(rows)], _tolerance(one))
-            and 0 < len(rows) < whole[..., 0].numel()
-        )
+        tokens = whole.reshape(-1, whole.shape[-1])
+        if recipe.over_batch:  # the same for twice the tokens, whose mean and variance are the same
+            other = recipe.of([torch.cat([value, value]) for value in values])
+            expected = torch.cat([tokens, tokens])
+        else:
+            other, expected = recipe.of([value[: length // 2] for value in values]), tokens
+        other = other.reshape(-1, other.shape[-1])
+        return len(other) not in (0, len(tokens)) and _close(other, expected[: len(other)], _tolerance(one))
     except Exception:  # whatever an operation says of tensors of another size
         return False
 

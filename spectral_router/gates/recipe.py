@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .._precision import full_precision
 from .._sharding import whole
-from .trace import Call, Node, still
+from .live import Constant, Number, Own, modules_of, named_number
+from .nodes import Call, Node, calm, noisy, product_before
 
 _VIEWS = {"view", "_unsafe_view", "reshape"}
 _UNSAID = {
@@ -58,7 +59,9 @@ class Recipe:
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
         parts = {"args": args, "kwargs": kwargs, "output": output}
-        return self.of([_at(parts, source) for source in self.sources if isinstance(source, tuple)])
+        scores = self.of([_at(parts, source) for source in self.sources if isinstance(source, tuple)])
+        # no view of what the module gave, which its caller is free to change in place
+        return scores.clone() if all(step.op.split(".")[1].strip("_") in _UNSAID for step in self.steps) else scores
 
     def __repr__(self) -> str:
         """From what, and by which operations besides views and casts."""
@@ -83,30 +86,31 @@ class Recipe:
         with full_precision(device):
             for step in self.steps:
                 given, named = tree_map(
-                    lambda v: values[v.number] if isinstance(v, Ref) else v, (step.args, step.kwargs), is_leaf=_is_ref
+                    lambda v: values[v.number] if isinstance(v, Ref) else v() if isinstance(v, Number) else v,
+                    (step.args, step.kwargs),
+                    is_leaf=_is_ref,
                 )
-                values.append(_run(step, list(given), named, lengths))
+                if "batch_norm" in step.op:
+                    values.append(self._normalised(step, list(given)))
+                else:
+                    values.append(_run(step, list(given), named, lengths))
         return values[self.result].movedim(self.dim, -1)
 
+    @property
+    def over_batch(self) -> bool:
+        """Whether a token's scores depend on the other tokens', as behind batch norm."""
+        return any("batch_norm" in step.op for step in self.steps)
 
-@dataclass
-class Own:
-    """A parameter or buffer, as it is when asked for."""
-
-    module: nn.Module
-    name: str
-
-    def __call__(self) -> Tensor:
-        value: Tensor = getattr(self.module, self.name)
-        return value
-
-
-@dataclass
-class Constant:
-    value: Tensor
-
-    def __call__(self) -> Tensor:
-        return self.value
+    def _normalised(self, step: Step, given: list[Any]) -> Tensor:
+        """Batch norm by the batch in training; running statistics are read, never moved a second time."""
+        x, weight, bias, mean, var, training, _, eps = given[:8]
+        place = step.args[3]
+        owner = self.sources[place.number] if isinstance(place, Ref) and place.number < len(self.sources) else None
+        if isinstance(owner, Own):
+            training = owner.module.training
+        if training or mean is None:
+            return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
 
 
 def _is_ref(value: Any) -> bool:
@@ -175,15 +179,27 @@ def recipe_for(target: Node, dim: int, call: Call) -> tuple[Recipe, list[Node]] 
     nodes: list[Node] = []
     steps: list[Node] = []
     order: dict[Node, int] = {}  # position among sources or, after them, among steps
+    found = product_before(target)
+    scored = set() if found is None else {target, *found[4]}  # where noise is to be left out
+    around = modules_of(found[0].call) if found is not None else []
+
+    def plain(node: Node) -> Node:
+        """Itself where the module had it, unless noise is in it; else what it is without noise."""
+        if node in call.places and not (node in scored and noisy(node)):
+            return node
+        return calm(node)
 
     def visit(node: Node, deep: int = 0) -> Node:
-        node = still(node, call.places)
+        node = plain(node)
         if node in order:
             return node
         if deep > 2 * _MOST or len(steps) > 2 * _MOST:
             raise UnknownError
-        if node in call.places or node.op is None:
-            if node in call.places:
+        given = node in call.places and not (node in scored and noisy(node))
+        if given or node.op is None:
+            if node.changed and call.module not in around:
+                raise UnknownError  # its call may be over before the change
+            if given:
                 sources.append(call.places[node])
             elif node.place is not None:
                 sources.append(Own(*node.place))
@@ -194,7 +210,7 @@ def recipe_for(target: Node, dim: int, call: Call) -> tuple[Recipe, list[Node]] 
             order[node] = -len(sources)
             nodes.append(node)
             return node
-        if node.makes_noise or node.op._schema.is_mutable or "batch_norm" in node.name:
+        if node.makes_noise or node.drawn or node.op._schema.is_mutable or (node.index and "batch_norm" in node.name):
             raise UnknownError
         for operand in node.operands():
             visit(operand, deep + 1)
@@ -212,12 +228,16 @@ def recipe_for(target: Node, dim: int, call: Call) -> tuple[Recipe, list[Node]] 
         return None
 
     def number(node: Node) -> int:
-        node = still(node, call.places)
+        node = plain(node)
         return -order[node] - 1 if order[node] < 0 else len(sources) + order[node] - 1
 
     made = []
     for node in steps:
-        args, kwargs = tree_map(lambda v: Ref(number(v)) if isinstance(v, Node) else v, (node.args, node.kwargs))
+        where = modules_of(node.call)
+        args, kwargs = tree_map(
+            lambda v: Ref(number(v)) if isinstance(v, Node) else named_number(v, where) if type(v) is float else v,  # noqa: B023
+            (node.args, node.kwargs),
+        )
         first = next((v for v in node.args if isinstance(v, Node)), None)
         made.append(Step(str(node.op), args, kwargs, node.index, (first.shape if first else (), node.shape)))
     recipe = Recipe(sources, [node.shape for node in nodes], made, number(last), dim)

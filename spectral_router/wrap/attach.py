@@ -76,10 +76,10 @@ def wrap_moe(
         TypeError: a selector, penalty or balance of the wrong kind.
 
     Warns:
-        UserWarning, once each, with names: gates that look trained already, under "spread"; gates that are frozen, quantised
-            or did not run in the first training forward; gates
-            read otherwise than it computes; a model compiled before; the model's own balance loss also on; a term
-            that nobody used.
+        UserWarning, once each, with names: gates that look trained already, under "spread"; gates that are frozen, buffers,
+            quantised or did not run in the first training forward; gates
+            read otherwise than it computes, or missed by names; a model compiled before; the model's own balance loss also
+            on; a term that nobody used.
 
     Source:
         equation 7 of arXiv:2601.03889.
@@ -133,6 +133,7 @@ def wrap_moe(
     if spread:
         handle.advice.trained_gates([gate for gate in handle.gates if trainable(gate)])
     handle._selectors = gates, exclude
+    handle.by_names = gates is None and exclude is None and example is None
     handle.registrations = []
     for number, part in enumerate(parts):
         handle.registrations += [

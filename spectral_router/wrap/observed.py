@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..gates.discover import missed
 from ..gates.judge import judge, line_for, watched
 from ..gates.trace import Trace
+from .checkpointing import stand_in
+from .delivery import padding_position
 from .step import Call, Tap
-from .weights import tied, trainable
+from .weights import learns_from, tied
 
 if TYPE_CHECKING:
     from .recorder import Recorder
@@ -48,7 +51,7 @@ class Observed:
         gates = [tap.gate for tap in recorder.taps if tap.part == part and not tap.gone]
         if not gates or not _watchable(root):
             return
-        self.trace = Trace(root, watched(gates))
+        self.trace = Trace(root, watched(gates), others=recorder.by_names)
         self.call = args, kwargs
         self.trace.start(args, kwargs)
 
@@ -99,6 +102,12 @@ class Observed:
                 doubtful[verdict.message].append(tap.gate.name)
             elif error is not None:
                 raise error
+        if trace.ordered and trace.failed is None and (names := missed(trace, trace.model, recorder.gates)):
+            recorder.advice.say(
+                "missed",
+                f"the first training forward shows more gates than were found: {', '.join(names)}; nothing is added for them: "
+                "pass wrap_moe(example=batch), which finds them by what the model computes, or name them with gates=",
+            )
         for message, names in doubtful.items():
             gate = next(gate for gate in recorder.gates if gate.name == names[0])
             recorder.advice.say(
@@ -111,21 +120,22 @@ class Observed:
 
     def _take(self, recorder: Recorder, number: int, gate: Any, scores: list[Tensor]) -> None:
         old = recorder.taps[number]
-        new = Tap(gate, old.decoding, old.part, seen=old.seen, pull=old.pull)
+        new = Tap(gate, old.decoding, old.part, padding_position(gate.module), seen=True, pull=old.pull)
         for logits in scores:
             with torch.enable_grad():
                 weight = gate.weight
-            live = logits.requires_grad
             given = logits if recorder.reads_logits else gate.score(logits)
-            layout = logits.shape
-            new.calls.append(
-                Call(given if live and trainable(gate) else None, weight, layout, live or not weight.requires_grad)
-            )
+            live = logits.requires_grad or not (weight.requires_grad or gate.buffered)
+            if not live:  # the first pass of reentrant checkpointing
+                given, weight = stand_in(new, given, weight)
+            new.calls.append(Call(given if learns_from(gate) else None, weight, logits.shape, live))
         recorder.taps[number] = new
         recorder.gates[recorder.gates.index(old.gate)] = gate
         recorder.ties = tied(recorder.gates)
-        # the old hook stays until then, so that a recomputation in this step's backward saves what its forward did
         self.moves.append((old, new))
+        if new.deferred:  # the second pass, in this step's backward, is to find the stand-ins
+            self.move(recorder)
+        # else the old hook stays until the next forward, so that a recomputation saves what this forward did
 
     def move(self, recorder: Any) -> None:
         """Hook the gates that were corrected where their scores are."""

@@ -31,7 +31,7 @@ from .objective import Objective
 from .observed import Observed
 from .step import Call, Step, Tap
 from .watch import unwatch, watch
-from .weights import trainable
+from .weights import learns_from, trainable
 
 
 class Recorder(Objective):
@@ -71,7 +71,7 @@ class Recorder(Objective):
             for gate, part in zip(gates, within, strict=True)
         ]
         self.step = Step(self.taps)
-        self.observed = Observed()
+        self.observed, self.by_names = Observed(), False  # all gates were asked for, and found by names
         self.at_step: AtStep | None = None  # where the term goes to the optimizer's step
         self.threads: dict[int, Recorder] = {}
         self._start()
@@ -98,8 +98,7 @@ class Recorder(Objective):
             mine.gates = [tap.gate for tap in mine.taps]
             mine.step = Step(mine.taps)
             mine.observed = Observed()
-            # not watched: replicas share their hooks, and others are on their way through them
-            mine.observed.done = set(range(len(self.parts)))
+            mine.observed.done = set(range(len(self.parts)))  # others are on their way through the hooks that replicas share
             unwatch(mine)
         return mine
 
@@ -158,7 +157,7 @@ class Recorder(Objective):
                 weight = whole(weight).clone()  # sharding engines free it after the module's forward
         layout = layout_of(args, kwargs, weight)
         # an adapter that is switched off leaves W frozen; one that was put on after wrapping is not known here
-        if not (trainable(gate) and (weight.requires_grad or hasattr(gate.owner, "parametrizations"))):
+        if not (gate.buffered or (trainable(gate) and (weight.requires_grad or hasattr(gate.owner, "parametrizations")))):
             if self.step.open:
                 tap.calls.append(Call(None, weight, layout))
             return None
@@ -239,9 +238,10 @@ class Recorder(Objective):
                 self.advice.own_loss(self.model, self.balance)
             ran = {number for number, _ in calls}
             mine = [i for i in range(len(self.gates)) if self._runs(i)]
-            frozen = [self.gates[i].name for i in mine if not trainable(self.gates[i])]
+            buffers = [self.gates[i].name for i in mine if self.gates[i].buffered]
+            frozen = [self.gates[i].name for i in mine if not learns_from(self.gates[i])]
             idle = [self.gates[i].name for i in mine if i not in ran and self.gates[i].name not in frozen]
-            self.advice.after_first_forward(frozen, idle)
+            self.advice.after_first_forward(frozen, idle, buffers)
 
     def _look_at_evaluation(self, output: Any) -> None:
         loss = None if torch.compiler.is_compiling() else loss_of(output)

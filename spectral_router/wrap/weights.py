@@ -57,6 +57,11 @@ def trainable(gate: Gate) -> bool:
     return gate.matrix.requires_grad
 
 
+def learns_from(gate: Gate) -> bool:
+    """Whether its balance teaches something: the gate, or, where a buffer scores, what lies before it."""
+    return gate.buffered or trainable(gate)
+
+
 def leaves_of(gate: Gate) -> list[nn.Parameter]:
     """The learning parameters that a gate's weight and bias can be made of, each once."""
     modules = [gate.owner] + ([] if gate.adapter is None else [gate.adapter])

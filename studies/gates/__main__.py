@@ -3,6 +3,8 @@
 python -m studies.gates                     # all models, about two minutes
 python -m studies.gates mixtral deepspeed   # some
 python -m studies.gates --markdown docs/gates_found.md
+python -m studies.gates --example             # found by what one forward computes, beside names
+python -m studies.gates --example --renamed   # the same, with nothing left that a name could tell
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from spectral_router import Gate, LoadBalanceLoss, SpectralRankPenalty, find_gat
 
 from . import GROUPS
 from .cases import Case
+from .renamed import anonymous
 
 # of the order of the task, so that a wrong term shows
 PENALTY_COEF, BALANCE_COEF = 0.5, 0.5
@@ -51,14 +54,16 @@ class Finding:
         return exact and self.unchanged is not False and (self.error is None or self.error <= 1e-5)
 
 
-def examine(group: str, case: Case) -> Finding:
+def examine(group: str, case: Case, with_example: bool = False) -> Finding:
+    """One model, found by names, or by what it computes of one batch, which `wrap_moe` then gets too."""
     model, inputs = case.build()
-    found, extra = _match(case, model, find_gates(model))
+    with_example = with_example and case.runs
+    found, extra = _match(case, model, find_gates(model, example=inputs if with_example else None))
     unchanged = error = None
     if case.expected and case.runs and found:
-        unchanged = _unchanged(model, inputs)
+        unchanged = _unchanged(model, inputs, with_example)
         try:
-            error = _gradient_error(case)
+            error = _gradient_error(case, with_example)
         except (RuntimeError, TypeError, ValueError) as problem:  # a wrong reading; the others still count
             print(f"\n{case.name}: {problem}", file=sys.stderr)
             error = float("inf")
@@ -70,17 +75,17 @@ def _match(case: Case, model: nn.Module, gates: Sequence[Gate]) -> tuple[int, in
     truth = Counter((id(model.get_parameter(e.parameter)), e.num_experts, e.scoring) for e in case.expected)
     # the slices of a stack count as the one parameter that they are
     stacks = [gate for gate in gates if not gate.index]
-    seen = Counter((id(gate.module.get_parameter(str(gate.parameter))), gate.num_experts, gate.scoring) for gate in stacks)
+    seen = Counter((id(gate.matrix), gate.num_experts, gate.scoring) for gate in stacks)
     return (truth & seen).total(), (seen - truth).total()
 
 
-def _unchanged(model: nn.Module, inputs: dict[str, Any]) -> bool:
+def _unchanged(model: nn.Module, inputs: dict[str, Any], with_example: bool) -> bool:
     """Outputs bit for bit in evaluation, keys of the state and class, while wrapped and afterwards."""
     model.eval()
     before, keys, kind = _run(model, inputs), list(model.state_dict()), type(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        handle = wrap_moe(model)
+        handle = wrap_moe(model, example=inputs if with_example else None)
     during = _run(model, inputs)
     same = list(model.state_dict()) == keys and type(model) is kind
     handle.remove()
@@ -101,13 +106,14 @@ def _tensors(output: Any) -> list[Tensor]:
     return [tensor for value in values for tensor in _tensors(value)]
 
 
-def _gradient_error(case: Case) -> float:
+def _gradient_error(case: Case, with_example: bool) -> float:
     model, inputs = case.build()
     by_hand = _train_by_hand(case, model.train(), inputs)
     model, inputs = case.build()
     with warnings.catch_warnings():  # a gate of the other modality does not run
         warnings.simplefilter("ignore")
-        handle = wrap_moe(model.train(), penalty_coef=PENALTY_COEF, balance_coef=BALANCE_COEF)
+        example = inputs if with_example else None
+        handle = wrap_moe(model.train(), penalty_coef=PENALTY_COEF, balance_coef=BALANCE_COEF, example=example)
         torch.manual_seed(1)
         output = model(**inputs)
     if isinstance(output, Mapping) and output.get("loss") is not None:
@@ -166,6 +172,8 @@ def table(findings: Sequence[Finding]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m studies.gates", description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", help="names of models; default: all")
+    parser.add_argument("--example", action="store_true", help="find gates by what one forward computes, beside names")
+    parser.add_argument("--renamed", action="store_true", help="call all parts at random first, so that names tell nothing")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table there")
     arguments = parser.parse_args()
     cases = [(group, case) for group, members in GROUPS.items() for case in members]
@@ -175,7 +183,7 @@ def main() -> int:
     findings = []
     for group, case in cases:
         if not arguments.models or case.name in arguments.models:
-            findings.append(examine(group, case))
+            findings.append(examine(group, anonymous(case) if arguments.renamed else case, arguments.example))
             if sys.stderr.isatty():
                 print(
                     f"\r{len(findings)} models, {sum(not f.good for f in findings)} with a fault",

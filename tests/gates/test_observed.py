@@ -250,17 +250,17 @@ def test_vectors_and_keys_are_one_matrix() -> None:
     assert vectors.dim == 16
 
 
-class Unreadable(Mixture):
-    """What the logits are made of cannot be had again outside: a norm over the batch, written out in place."""
+class Scaled(Mixture):
+    """A number that Python took out of this batch: it cannot be had again of another one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = F.batch_norm(x @ self.w_gate, None, None, training=True)
-        self.p = logits.softmax(-1)
+        logits = x @ self.w_gate
+        self.p = (logits / logits.abs().max().item()).softmax(-1)
         return self.mix(x)
 
 
 def test_what_contradicts_and_cannot_be_corrected_is_said() -> None:
-    model = Unreadable("raw", "w_gate")
+    model = Scaled("raw", "w_gate")
     wrap_moe(model)
     with pytest.warns(UserWarning, match=r"gate w_gate: assumed softmax .*seen softmax.*'w_gate'.*write gates=Gate\('w_gate'"):
         model(3 + torch.randn(32, 16))
@@ -268,6 +268,131 @@ def test_what_contradicts_and_cannot_be_corrected_is_said() -> None:
         warnings.simplefilter("error")
         MoEHandle.of(model).loss()
         model(torch.randn(32, 16))
+
+
+class Annealed(Mixture):
+    temperature = 2.0
+
+    def __init__(self, style: str, name: str) -> None:
+        super().__init__(style, name)
+        self.temperature = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = x @ self.w_gate
+        self.p = (logits / self.temperature if self.style == "raw" else logits * (1 / self.temperature)).softmax(-1)
+        return self.mix(x)
+
+
+@pytest.mark.parametrize("style", ["raw", "times"])
+def test_a_temperature_that_is_annealed_is_followed(style: str) -> None:
+    model = Annealed(style, "w_gate")
+    handle = wrap_moe(model, penalty=None)
+    for model.temperature in (2.0, 1.5, 0.5):
+        model(torch.randn(32, 16))
+        torch.testing.assert_close(handle.shares[0], model.p.mean(0), atol=1e-5, rtol=0)
+        handle.loss().backward()
+
+
+class BatchNormed(Mixture):
+    """Batch norm as a function, with or without running statistics."""
+
+    def __init__(self, running: bool) -> None:
+        super().__init__("raw", "w_gate")
+        self.register_buffer("mean", torch.zeros(4) if running else None)
+        self.register_buffer("var", torch.ones(4) if running else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        training = self.training or self.mean is None
+        self.p = F.batch_norm(x @ self.w_gate, self.mean, self.var, training=training).softmax(-1)
+        return self.mix(x)
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_batch_norm_as_a_function_is_read_and_moves_its_statistics_once(running: bool) -> None:
+    torch.manual_seed(0)
+    model = BatchNormed(running)
+    twin = copy.deepcopy(model)
+    handle = wrap_moe(model, penalty=None, balance_coef=1.0)
+    for size in (32, 10, 7):
+        x = 3 + 2 * torch.randn(size, 16)
+        model(x)
+        twin(x)
+        torch.testing.assert_close(handle.shares[0], model.p.mean(0), atol=1e-5, rtol=0)
+        model.zero_grad()
+        handle.loss().backward()
+        slope = torch.autograd.grad(handle.balance(model.p, None), model.w_gate)[0]
+        torch.testing.assert_close(model.w_gate.grad, slope, atol=1e-5, rtol=1e-4)
+    if running:
+        torch.testing.assert_close(model.mean, twin.mean)
+        report = handle.report(x, top_k=1)["w_gate"]
+        model.eval()(x)
+        torch.testing.assert_close(torch.tensor(report["probability"]), model.p.mean(0), atol=1e-5, rtol=0)
+
+
+class Centroids(nn.Module):
+    """A buffer scores: nothing of it learns, but what lies before it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward, self.experts = nn.Linear(16, 16), nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        self.register_buffer("places", torch.randn(4, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inward(x)
+        self.p = (h @ self.places.mT).softmax(-1)
+        return sum(self.p[:, i, None] * expert(h) for i, expert in enumerate(self.experts))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_buffer_is_read_and_not_penalised(named: bool) -> None:
+    model, x = Centroids(), torch.randn(32, 16)
+    if named:
+        handle = wrap_moe(model, balance_coef=1.0, gates=Gate("places", model, 4, "places", reads="input"))
+    else:
+        handle = wrap_moe(model, balance_coef=1.0, example=x)
+    with pytest.warns(UserWarning, match=r"the matrix is a buffer, which is read and does not learn.*: places; make it a"):
+        model(x)
+    for _ in range(2):
+        torch.testing.assert_close(handle.shares[0], model.p.mean(0), atol=1e-5, rtol=0)
+        term, balance = handle.loss(), handle.balance(model.p, None)
+        torch.testing.assert_close(term, balance)  # nothing else is in it
+        slopes = [torch.autograd.grad(value, model.inward.weight, retain_graph=True)[0] for value in (term, balance)]
+        torch.testing.assert_close(*slopes, atol=1e-6, rtol=1e-4)
+        model(x)
+    assert handle.metrics()["places"]["penalty"] == 0
+
+
+class Layers(nn.Module):
+    """Two blocks, each checkpointed."""
+
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        name = "gate" if "linear" in style else "w_gate"
+        self.blocks = nn.ModuleList(Mixture(style, name) for _ in range(2))
+
+    def forward(self, x: Tensor, reentrant: bool | None) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if reentrant is None else torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant)
+        return x
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("style", ["normed", "cosine", "relu", "linear"])
+def test_a_corrected_gate_learns_from_the_first_checkpointed_forward_on(style: str, reentrant: bool) -> None:
+    torch.manual_seed(0)
+    plain = Layers(style)
+    model = copy.deepcopy(plain)
+    gradients = []
+    for one, how in ((plain, None), (model, reentrant)):
+        handle = wrap_moe(one, balance_coef=1.0)
+        for step in range(3):
+            x = torch.randn(24, 16, generator=torch.Generator().manual_seed(step)).requires_grad_()
+            one.zero_grad()
+            (one(x, how).square().mean() + handle.loss()).backward()
+            gradients.append({name: p.grad.clone() for name, p in one.named_parameters()})
+    for expected, got in zip(gradients[:3], gradients[3:], strict=True):
+        for name, slope in expected.items():
+            torch.testing.assert_close(got[name], slope, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("style", ["linear", "normed", "capped", "cosine"])

@@ -10,6 +10,7 @@ import pytest
 from spectral_router import Gate, find_gates
 from studies.gates import CASES, GROUPS, NEGATIVES, TRANSFORMERS
 from studies.gates.__main__ import examine
+from studies.gates.renamed import anonymous
 
 ROOT = Path(__file__).parents[2]
 # of other people's modules
@@ -29,6 +30,31 @@ def test_gates_are_found_and_read(group: str, case) -> None:
     assert finding.unchanged is not False
     assert finding.error is None or finding.error <= 1e-5
     assert (finding.error is not None) == (bool(case.expected) and case.runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("renamed", [False, True], ids=["named", "renamed"])
+@pytest.mark.parametrize(
+    ("group", "case"),
+    [(g, c) for g, cases in GROUPS.items() for c in cases if c.runs],
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_gates_are_found_by_what_one_forward_computes(
+    group: str, case, renamed: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Also where modules, parameters, counts and classes are called at random and no source is to be had; or it is told."""
+    if renamed:
+        monkeypatch.setattr("spectral_router.gates.scoring._source_of_class", lambda kind: "")
+        case = anonymous(case)
+    finding = examine(group, case, with_example=True)
+    assert finding.extra == 0
+    assert finding.unchanged is not False
+    if finding.found == len(case.expected):
+        assert finding.error is None or finding.error <= 1e-5
+    else:
+        told = {str(one.message) for one in recwarn if "cannot be had again" in str(one.message)}
+        assert renamed
+        assert len(told) >= len({gate.parameter for gate in case.expected}) - finding.found
 
 
 def test_all_families_of_transformers_are_there() -> None:

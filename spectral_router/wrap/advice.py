@@ -121,7 +121,13 @@ class Advice:
                 "nothing is added for them: call handle.remove() and wrap_moe again, after the engine is set up",
             )
 
-    def after_first_forward(self, frozen: list[str], idle: list[str]) -> None:
+    def after_first_forward(self, frozen: list[str], idle: list[str], quantised: list[str]) -> None:
+        if quantised:
+            self.say(
+                "quantised",
+                f"quantised gates are read but left alone, as their whole numbers do not learn: {', '.join(quantised)}; keep "
+                "them out of the quantisation (torchao: filter_fn of quantize_; transformers: modules_to_not_convert)",
+            )
         if frozen:
             self.say(
                 "frozen",

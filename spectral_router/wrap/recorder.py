@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._sharding import whole
 from ..gates.gate import Gate
+from ..gates.quantised import quantised
 from .advice import Advice
 from .arrival import followed, number_of
 from .at_step import AtStep
@@ -239,9 +240,11 @@ class Recorder(Objective):
                 self.advice.own_loss(self.model, self.balance)
             ran = {number for number, _ in calls}
             mine = [i for i in range(len(self.gates)) if self._runs(i)]
-            frozen = [self.gates[i].name for i in mine if not trainable(self.gates[i])]
-            idle = [self.gates[i].name for i in mine if i not in ran and self.gates[i].name not in frozen]
-            self.advice.after_first_forward(frozen, idle)
+            frozen = [i for i in mine if not trainable(self.gates[i])]
+            stored = [self.gates[i].name for i in frozen if quantised(self.gates[i].matrix)]
+            idle = [self.gates[i].name for i in mine if i not in ran and i not in frozen]
+            names = [self.gates[i].name for i in frozen]
+            self.advice.after_first_forward([name for name in names if name not in stored], idle, stored)
 
     def _look_at_evaluation(self, output: Any) -> None:
         loss = None if torch.compiler.is_compiling() else loss_of(output)

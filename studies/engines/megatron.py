@@ -84,36 +84,36 @@ def _build(seed: int, setting: dict[str, Any]) -> tuple[list[Any], Any, Any]:
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     sizes = {name: setting.get(name, 1) for name in ("tp", "cp", "pp", "ep")}
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=HIDDEN,
-        num_attention_heads=2,
-        ffn_hidden_size=16,
-        num_moe_experts=4,
-        moe_router_topk=2,
-        moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type="alltoall",
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        init_method_std=0.3,
-        pipeline_dtype=torch.float32,
-        tensor_model_parallel_size=sizes["tp"],
-        sequence_parallel=sizes["tp"] > 1,
-        context_parallel_size=sizes["cp"],
-        pipeline_model_parallel_size=sizes["pp"],
-        expert_model_parallel_size=sizes["ep"],
-        calculate_per_token_loss=setting.get("per_token", False),
-        moe_layer_freq=setting.get("layers", 1),
-        **setting.get("config", {}),
-    )
+    options: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": 2,
+        "ffn_hidden_size": 16,
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "use_cpu_initialization": True,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+        "init_method_std": 0.3,
+        "pipeline_dtype": torch.float32,
+        "tensor_model_parallel_size": sizes["tp"],
+        "sequence_parallel": sizes["tp"] > 1,
+        "context_parallel_size": sizes["cp"],
+        "pipeline_model_parallel_size": sizes["pp"],
+        "expert_model_parallel_size": sizes["ep"],
+        "calculate_per_token_loss": setting.get("per_token", False),
+        "moe_layer_freq": setting.get("layers", 1),
+    }
+    config = TransformerConfig(**{**options, **setting.get("config", {})})
     spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False)
     if sizes["cp"] > 1:
         spec.submodules.self_attention.submodules.core_attention = _Local
@@ -229,9 +229,21 @@ def measure(at_step: bool, kind: str, **setting: Any) -> dict[str, list[float]]:
             before = {name: weight for name, weight in before.items() if name == "layer 2"}
         counted = setting.get("per_token") and not at_step  # a mean over tokens then
         counts = [int(batch["loss_mask"].sum()) for batch in _batches(setting)] if counted else None
-        return gathered(times(after[0], after[1], by_hand(kind, before, heard, counts=counts)))
+        return gathered(times(after[0], after[1], by_hand(kind, before, heard, setting.get("score", _softmax), counts)))
     finally:
         mpu.destroy_model_parallel()
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return logits.softmax(-1)
+
+
+def _sigmoid(logits: Tensor) -> Tensor:
+    return logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+
+
+def _sinkhorn(top_k: int) -> dict[str, Any]:
+    return {"moe_router_load_balancing_type": "sinkhorn", "moe_router_topk": top_k, "moe_aux_loss_coeff": 0.0}
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -250,6 +262,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "CP=2, per-token loss": {"cp": 2, "three": True, "per_token": True},
     "DP=2, full recomputation": {
         "config": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    },
+    "DP=2, sinkhorn, top 1": {"config": _sinkhorn(1), "score": _sigmoid},
+    "DP=2, sinkhorn, top 2": {"config": _sinkhorn(2)},
+    "DP=2, sigmoid scores": {
+        "config": {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+        "score": _sigmoid,
     },
 }
 

@@ -16,7 +16,8 @@ def quantised(matrix: Tensor) -> bool:
         return True
     if not hasattr(matrix, "__tensor_flatten__"):
         return False
-    return any(not getattr(matrix, name).is_floating_point() for name in matrix.__tensor_flatten__()[0])
+    inner = [getattr(matrix, name) for name in matrix.__tensor_flatten__()[0]]
+    return any(isinstance(part, Tensor) and not part.is_floating_point() for part in inner)
 
 
 @torch.no_grad()

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .measure import Slopes, by_hand, gathered, listening, terms, times
+from .measure import Slopes, by_hand, elsewhere, gathered, listening, same, sigmoid, softmax, terms, times
 from .shims import no_cuda
 
 HIDDEN, VOCABULARY, LENGTH, MICRO, BATCHES = 16, 32, 8, 2, 2
+BIAS = torch.tensor([0.5, -0.5, 0.2, -0.2])
 
 
 def ready() -> None:
@@ -130,6 +131,9 @@ def _build(seed: int, setting: dict[str, Any]) -> tuple[list[Any], Any, Any]:
         post_process=mpu.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=False,
     )
+    if setting.get("bias"):  # as under add_bias_linear, which Megatron's experts and projections do not run with here
+        for router in _routers([model]).values():
+            router.bias = nn.Parameter(BIAS.clone())
     sharded = setting.get("sharded", False)
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=sharded, overlap_grad_reduce=setting.get("overlap", False), grad_reduce_in_fp32=True
@@ -214,6 +218,7 @@ def measure(at_step: bool, kind: str, **setting: Any) -> dict[str, list[float]]:
     )
     try:
         after: list[Slopes] = []
+        rest = []
         for wrapped in (False, True):
             chunks, optimizer, _ = _build(3, setting)
             routers = _routers(chunks)
@@ -225,21 +230,16 @@ def measure(at_step: bool, kind: str, **setting: Any) -> dict[str, list[float]]:
                 with listening(routers, "recompute_granularity" in setting.get("config", {})) as heard:
                     _step(chunks, optimizer, setting)
             after.append({name: router.weight.detach().clone() for name, router in routers.items()})
+            rest.append(elsewhere(chunks, routers))
+        if at_step:
+            same(*rest)
         if kind == "balance" and not at_step:  # elsewhere later layers' balance comes in from above
             before = {name: weight for name, weight in before.items() if name == "layer 2"}
         counted = setting.get("per_token") and not at_step  # a mean over tokens then
         counts = [int(batch["loss_mask"].sum()) for batch in _batches(setting)] if counted else None
-        return gathered(times(after[0], after[1], by_hand(kind, before, heard, setting.get("score", _softmax), counts)))
+        return gathered(times(after[0], after[1], by_hand(kind, before, heard, setting.get("score", softmax), counts)))
     finally:
         mpu.destroy_model_parallel()
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    return logits.softmax(-1)
-
-
-def _sigmoid(logits: Tensor) -> Tensor:
-    return logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
 
 
 def _sinkhorn(top_k: int) -> dict[str, Any]:
@@ -263,11 +263,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "DP=2, full recomputation": {
         "config": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     },
-    "DP=2, sinkhorn, top 1": {"config": _sinkhorn(1), "score": _sigmoid},
+    "DP=2, sinkhorn, top 1": {"config": _sinkhorn(1), "score": sigmoid},
     "DP=2, sinkhorn, top 2": {"config": _sinkhorn(2)},
+    "DP=2, gates with biases": {"bias": True, "score": lambda logits: softmax(logits + BIAS)},
     "DP=2, sigmoid scores": {
         "config": {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
-        "score": _sigmoid,
+        "score": sigmoid,
     },
 }
 

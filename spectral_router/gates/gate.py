@@ -15,6 +15,7 @@ from .._precision import at_least_float32, full_precision
 from .._sharding import whole
 from .adapters import adapted
 from .computed import computed
+from .quantised import numbers, quantised
 from .recipe import Recipe
 from .scoring import SCORES
 
@@ -83,8 +84,12 @@ class Gate:
 
     @property
     def weight(self) -> Tensor:
-        """W, live, `(experts, dim)`: a view of the parameter, or the effective weight under PEFT's adapters."""
+        """W, live, `(experts, dim)`: a view of the parameter, or the effective weight under PEFT's adapters.
+
+        Of a quantised one, which does not learn, the numbers that it stands for.
+        """
         weight = self.matrix
+        weight = numbers(weight) if quantised(weight) else weight
         # during a forward a parametrization may have added BA already
         if self.adapter is not None and not hasattr(self.owner, "parametrizations"):
             weight = adapted(weight, self.adapter)

@@ -43,6 +43,8 @@ def named_scoring(modules: list[nn.Module | None]) -> str:
     """Scoring as attributes name it, as in `score_func="sigmoid"`, else as the source of the nearest class applies it."""
     present = [module for module in modules if module is not None]
     for module in present:
+        if getattr(module, "routing_type", None) == "sinkhorn":  # Megatron-Core's, which leaves its score_function unused
+            return "sigmoid" if getattr(module, "topk", None) == 1 else "softmax"
         for holder in (module, vars(module).get("config"), vars(module).get("args")):
             for key, value in {**getattr(holder, "__dict__", {}), **getattr(holder, "_modules", {})}.items():
                 if re.search(r"scor|gating_f|gate_f|router_act", key) and (isinstance(value, str) or callable(value)):

@@ -83,7 +83,9 @@ class _WithTerm:
     def __init__(self, plain: Callable[..., Any], handle: MoEHandle, trainer: Any) -> None:
         self.plain = plain
         self.handle = handle
-        self.trainer = trainer
+        # under this backend gates are replicated over tensor-parallel ranks, whose gradients are summed, not averaged
+        summed = trainer.config.parallelism.spmd_backend == "spmd_types"
+        self.ranks = trainer.parallel_dims.tp if summed else 1
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.plain, name)
@@ -95,4 +97,4 @@ class _WithTerm:
         term = self.handle.loss(share=1.0)
         if global_valid_tokens is not None:
             term = term * (labels.ne(-100).sum() / global_valid_tokens)
-        return loss + term, metrics
+        return loss + term / self.ranks, metrics

@@ -121,13 +121,19 @@ class Advice:
                 "nothing is added for them: call handle.remove() and wrap_moe again, after the engine is set up",
             )
 
-    def after_first_forward(self, frozen: list[str], idle: list[str], buffers: list[str]) -> None:
+    def after_first_forward(self, frozen: list[str], idle: list[str], buffers: list[str], quantised: list[str]) -> None:
         if buffers:
             self.say(
                 "buffers",
                 f"the matrix is a buffer, which is read and does not learn, so it is not penalised, and the balance in the "
                 f"loss moves only what lies before it: {', '.join(buffers)}; make it a parameter, or leave the gate out with "
                 f"exclude={buffers}",
+            )
+        if quantised:
+            self.say(
+                "quantised",
+                f"quantised gates are read but left alone, as their whole numbers do not learn: {', '.join(quantised)}; keep "
+                "them out of the quantisation (torchao: filter_fn of quantize_; transformers: modules_to_not_convert)",
             )
         if frozen:
             self.say(

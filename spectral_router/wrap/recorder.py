@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._sharding import whole
 from ..gates.gate import Gate
+from ..gates.quantised import quantised
 from .advice import Advice
 from .arrival import followed, number_of
 from .at_step import AtStep
@@ -237,11 +238,12 @@ class Recorder(Objective):
             if arguments.get("output_router_logits"):
                 self.advice.own_loss(self.model, self.balance)
             ran = {number for number, _ in calls}
-            mine = [i for i in range(len(self.gates)) if self._runs(i)]
-            buffers = [self.gates[i].name for i in mine if self.gates[i].buffered]
-            frozen = [self.gates[i].name for i in mine if not learns_from(self.gates[i])]
-            idle = [self.gates[i].name for i in mine if i not in ran and self.gates[i].name not in frozen]
-            self.advice.after_first_forward(frozen, idle, buffers)
+            mine = [(i, gate, gate.name) for i, gate in enumerate(self.gates) if self._runs(i)]
+            stored = [name for _, gate, name in mine if quantised(gate.matrix)]
+            buffers = [name for _, gate, name in mine if gate.buffered and name not in stored]
+            still = [name for _, gate, name in mine if not learns_from(gate) and name not in stored]
+            idle = [name for i, _, name in mine if i not in ran and name not in (*still, *stored)]
+            self.advice.after_first_forward(still, idle, buffers, stored)
 
     def _look_at_evaluation(self, output: Any) -> None:
         loss = None if torch.compiler.is_compiling() else loss_of(output)

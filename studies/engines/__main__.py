@@ -29,7 +29,7 @@ def installed(engine: str) -> bool:
         return False
 
 
-def run(engine: str, only: str = "", ranks: int = 2, limit: int = 900) -> dict[str, Any]:
+def run(engine: str, only: str = "", ranks: int = 2, limit: int = 3600) -> dict[str, Any]:
     """The cases of one engine, in processes of their own, by name: times for each gate, or a refusal or error in words."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .measure import Slopes, by_hand, gathered, listening, terms, times
+from .measure import Slopes, by_hand, elsewhere, gathered, listening, same, terms, times
 
 HIDDEN, BATCHES = 16, 2
 
@@ -110,6 +110,7 @@ def measure(kind: str, at_step: bool, term: str, stage: int = 0, after: bool = F
     from spectral_router import wrap_moe
 
     ended: list[Slopes] = []
+    rest = []
     for wrapped in (False, True):
         model = _model(kind)
         config: dict[str, Any] = {
@@ -143,7 +144,10 @@ def measure(kind: str, at_step: bool, term: str, stage: int = 0, after: bool = F
         if not wrapped:
             known = heard
         ended.append(_weights(engine))
+        rest.append(elsewhere([engine.module], _gates(engine.module)))
         engine.destroy()
+    if at_step:
+        same(*rest)
     if kind == "AutoEP, logits reported":
         # a gate that is run again on the same tokens, for the report, counts once
         known = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,6 +15,16 @@ from spectral_router import SpectralRankPenalty
 PENALTY, BALANCE = 0.5, 20.0  # coefficients: both gradients are of a size that float32 shows
 Slopes = dict[str, Tensor]
 Score = Callable[[Tensor], Tensor]
+
+
+def softmax(logits: Tensor) -> Tensor:
+    return logits.softmax(-1)
+
+
+def sigmoid(logits: Tensor) -> Tensor:
+    """Scores that do not compete, divided by their sum."""
+    scores = logits.sigmoid()
+    return scores / scores.sum(-1, keepdim=True)
 
 
 class Call(NamedTuple):
@@ -78,7 +88,7 @@ def by_hand(
     kind: str,
     weights: Slopes,
     heard: dict[str, list[Call]],
-    score: Score = lambda x: x.softmax(-1),
+    score: Score = softmax,
     counts: list[Any] | None = None,
 ) -> Slopes:
     """The term's gradient for each gate: the penalty's, or the mean of the balance's over all calls of all ranks.
@@ -103,6 +113,20 @@ def by_hand(
         calls = [entry for one in everybody for entry in one.get(name, [])]
         slopes[name] = sum(slope * count for slope, count in calls) / sum(count for _, count in calls)
     return slopes
+
+
+def elsewhere(parts: Iterable[nn.Module], gates: dict[str, Any]) -> list[Tensor]:
+    """This rank's part of all parameters but the gates', copied."""
+    own = {id(parameter) for gate in gates.values() for parameter in gate.parameters()}
+    left = [p.detach() for part in parts for p in part.parameters() if id(p) not in own]
+    return [(p.to_local() if hasattr(p, "to_local") else p).clone() for p in left]
+
+
+def same(without: list[Tensor], with_term: list[Tensor]) -> None:
+    """At the step nothing but the gates moves otherwise: outputs, loss and gradients were the same bit for bit."""
+    different = sum(not torch.equal(a, b) for a, b in zip(without, with_term, strict=True))
+    if different:
+        raise AssertionError(f"{different} parameters that are no gates have been updated otherwise")
 
 
 def times(without: Slopes, with_term: Slopes, wanted: Slopes, rate: float = 1.0) -> dict[str, list[float]]:

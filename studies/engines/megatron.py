@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .measure import Slopes, by_hand, gathered, listening, terms, times
+from .measure import Slopes, by_hand, elsewhere, gathered, listening, same, sigmoid, softmax, terms, times
 from .shims import no_cuda
 
 HIDDEN, VOCABULARY, LENGTH, MICRO, BATCHES = 16, 32, 8, 2, 2
+BIAS = torch.tensor([0.5, -0.5, 0.2, -0.2])
 
 
 def ready() -> None:
@@ -84,36 +85,36 @@ def _build(seed: int, setting: dict[str, Any]) -> tuple[list[Any], Any, Any]:
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     sizes = {name: setting.get(name, 1) for name in ("tp", "cp", "pp", "ep")}
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=HIDDEN,
-        num_attention_heads=2,
-        ffn_hidden_size=16,
-        num_moe_experts=4,
-        moe_router_topk=2,
-        moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type="alltoall",
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        init_method_std=0.3,
-        pipeline_dtype=torch.float32,
-        tensor_model_parallel_size=sizes["tp"],
-        sequence_parallel=sizes["tp"] > 1,
-        context_parallel_size=sizes["cp"],
-        pipeline_model_parallel_size=sizes["pp"],
-        expert_model_parallel_size=sizes["ep"],
-        calculate_per_token_loss=setting.get("per_token", False),
-        moe_layer_freq=setting.get("layers", 1),
-        **setting.get("config", {}),
-    )
+    options: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": 2,
+        "ffn_hidden_size": 16,
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "use_cpu_initialization": True,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+        "init_method_std": 0.3,
+        "pipeline_dtype": torch.float32,
+        "tensor_model_parallel_size": sizes["tp"],
+        "sequence_parallel": sizes["tp"] > 1,
+        "context_parallel_size": sizes["cp"],
+        "pipeline_model_parallel_size": sizes["pp"],
+        "expert_model_parallel_size": sizes["ep"],
+        "calculate_per_token_loss": setting.get("per_token", False),
+        "moe_layer_freq": setting.get("layers", 1),
+    }
+    config = TransformerConfig(**{**options, **setting.get("config", {})})
     spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False)
     if sizes["cp"] > 1:
         spec.submodules.self_attention.submodules.core_attention = _Local
@@ -130,6 +131,9 @@ def _build(seed: int, setting: dict[str, Any]) -> tuple[list[Any], Any, Any]:
         post_process=mpu.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=False,
     )
+    if setting.get("bias"):  # as under add_bias_linear, which Megatron's experts and projections do not run with here
+        for router in _routers([model]).values():
+            router.bias = nn.Parameter(BIAS.clone())
     sharded = setting.get("sharded", False)
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=sharded, overlap_grad_reduce=setting.get("overlap", False), grad_reduce_in_fp32=True
@@ -214,6 +218,7 @@ def measure(at_step: bool, kind: str, **setting: Any) -> dict[str, list[float]]:
     )
     try:
         after: list[Slopes] = []
+        rest = []
         for wrapped in (False, True):
             chunks, optimizer, _ = _build(3, setting)
             routers = _routers(chunks)
@@ -225,13 +230,20 @@ def measure(at_step: bool, kind: str, **setting: Any) -> dict[str, list[float]]:
                 with listening(routers, "recompute_granularity" in setting.get("config", {})) as heard:
                     _step(chunks, optimizer, setting)
             after.append({name: router.weight.detach().clone() for name, router in routers.items()})
+            rest.append(elsewhere(chunks, routers))
+        if at_step:
+            same(*rest)
         if kind == "balance" and not at_step:  # elsewhere later layers' balance comes in from above
             before = {name: weight for name, weight in before.items() if name == "layer 2"}
         counted = setting.get("per_token") and not at_step  # a mean over tokens then
         counts = [int(batch["loss_mask"].sum()) for batch in _batches(setting)] if counted else None
-        return gathered(times(after[0], after[1], by_hand(kind, before, heard, counts=counts)))
+        return gathered(times(after[0], after[1], by_hand(kind, before, heard, setting.get("score", softmax), counts)))
     finally:
         mpu.destroy_model_parallel()
+
+
+def _sinkhorn(top_k: int) -> dict[str, Any]:
+    return {"moe_router_load_balancing_type": "sinkhorn", "moe_router_topk": top_k, "moe_aux_loss_coeff": 0.0}
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -250,6 +262,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "CP=2, per-token loss": {"cp": 2, "three": True, "per_token": True},
     "DP=2, full recomputation": {
         "config": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    },
+    "DP=2, sinkhorn, top 1": {"config": _sinkhorn(1), "score": sigmoid},
+    "DP=2, sinkhorn, top 2": {"config": _sinkhorn(2)},
+    "DP=2, gates with biases": {"bias": True, "score": lambda logits: softmax(logits + BIAS)},
+    "DP=2, sigmoid scores": {
+        "config": {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+        "score": sigmoid,
     },
 }
 

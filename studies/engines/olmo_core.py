@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .measure import Slopes, by_hand, gathered, listening, terms, times
+from .measure import Slopes, by_hand, elsewhere, gathered, listening, same, sigmoid, softmax, terms, times
 
 HIDDEN, LENGTH, ROWS, VOCABULARY = 32, 8, 4, 64
 
@@ -35,10 +35,11 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _module(rank_batch: int, name: str | None, own: bool) -> Any:
+def _module(rank_batch: int, name: str | None, own: bool, scoring: str) -> Any:
     import olmo_core.distributed.parallel as meshes
     from olmo_core.config import DType
     from olmo_core.distributed.parallel import DataParallelType
+    from olmo_core.nn.moe.router import MoERouterGatingFunction
     from olmo_core.nn.transformer import TransformerConfig
     from olmo_core.train.train_module import TransformerTrainModule
     from olmo_core.train.train_module.transformer import TransformerDataParallelConfig
@@ -55,6 +56,8 @@ def _module(rank_batch: int, name: str | None, own: bool) -> Any:
         z_loss_weight=None,
         dropless=True,
     )
+
+    config.block.feed_forward_moe.router.gating_function = MoERouterGatingFunction(scoring)
 
     class Plain:
         def build(self, model: nn.Module, strict: bool = True) -> torch.optim.Optimizer:
@@ -88,13 +91,21 @@ def _weights(module: Any) -> Slopes:
     return {name: _local(router.weight.detach()).reshape(4, HIDDEN).clone() for name, router in routers.items()}
 
 
-def measure(at_step: bool, kind: str, name: str | None, batches: int, masked: bool = False, own: bool = False) -> Any:
+def measure(
+    at_step: bool,
+    kind: str,
+    name: str | None,
+    batches: int,
+    masked: bool = False,
+    own: bool = False,
+    score: Any = softmax,
+) -> Any:
     """Times for each layer's router."""
     from spectral_router import wrap_moe
 
-    after = []
+    after, rest = [], []
     for wrapped in (False, True):
-        module = _module(ROWS // batches * LENGTH, name, own)
+        module = _module(ROWS // batches * LENGTH, name, own, score.__name__)
         before = _weights(module)
         generator = torch.Generator().manual_seed(9 + dist.get_rank())
         ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
@@ -110,17 +121,21 @@ def measure(at_step: bool, kind: str, name: str | None, batches: int, masked: bo
         if not wrapped:
             known = heard
         after.append(_weights(module))
+        rest.append(elsewhere([module.model], _gates(module)))
+    if at_step:
+        same(*rest)
     rows = labels.split(ROWS // batches)
     counts = None if at_step else [float(part.ne(-100).sum() / labels.ne(-100).sum()) for part in rows]
     if kind == "balance" and not at_step:
         before = {"layer 1": before["layer 1"]}
-    return gathered(times(after[0], after[1], by_hand(kind, before, known, counts=counts)))
+    return gathered(times(after[0], after[1], by_hand(kind, before, known, score, counts)))
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "DDP, 1 micro-batch": {"name": "ddp", "batches": 1},
     "DDP, 4 micro-batches": {"name": "ddp", "batches": 4},
     "FSDP2, 4 micro-batches": {"name": "fsdp", "batches": 4},
+    "FSDP2, 4 micro-batches, sigmoid scores": {"name": "fsdp", "batches": 4, "score": sigmoid},
     "FSDP2, 4 micro-batches, masked labels": {"name": "fsdp", "batches": 4, "masked": True},
     "FSDP2, 4 micro-batches, its own balance loss on": {"name": "fsdp", "batches": 4, "own": True},
 }

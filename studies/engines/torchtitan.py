@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .measure import Slopes, by_hand, gathered, listening, terms, times
+from .measure import Slopes, by_hand, elsewhere, gathered, listening, same, sigmoid, softmax, terms, times
 
 LENGTH, BATCH, RATE = 16, 2, 1.0
 
@@ -106,6 +106,9 @@ def _trainer(setting: dict[str, Any], folder: str) -> Any:
             rope=CosSinRoPE.Config(dim=16, max_seq_len=64, theta=10000.0),
         ),
     )
+    if setting.get("score") is sigmoid:
+        for layer in config.layers:
+            layer.moe.router.score_func = "sigmoid"
     spec = ModelSpec(
         name="qwen3",
         flavor="small",
@@ -137,7 +140,7 @@ def _trainer(setting: dict[str, Any], folder: str) -> Any:
             tensor_parallel_degree=tp,
             pipeline_parallel_degree=pp,
             pipeline_parallel_microbatch_size=BATCH if pp == 1 else 1,
-            **({"spmd_backend": setting["backend"]} if "backend" in setting else {"spmd_backend": "partial_dtensor"}),
+            spmd_backend=setting.get("backend", "spmd_types"),
         ),
         checkpoint=CheckpointManager.Config(enable=False),
         activation_checkpoint=setting.get("checkpointing"),
@@ -164,10 +167,13 @@ def _weights(trainer: Any) -> Slopes:
 def measure(deliver: str, kind: str, **setting: Any) -> dict[str, list[float]]:
     """Times for each layer's gate."""
     import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     after: list[Slopes] = []
+    rest = []
     for wrapped in (False, True):
         torch._dynamo.reset()
+        _clear_sharding_prop_cache()  # it gives a second trainer the meshes of the first, which `fully_shard` refuses
         with tempfile.TemporaryDirectory() as folder:
             trainer = _trainer(setting, folder)
         for name, gate in _gates(trainer).items():  # a start that the penalty moves
@@ -195,6 +201,9 @@ def measure(deliver: str, kind: str, **setting: Any) -> dict[str, list[float]]:
             with listening({} if "compile" in setting else _gates(trainer)) as heard:
                 trainer.train_step(data)
         after.append(_weights(trainer))
+        rest.append(elsewhere(trainer.model_parts, _gates(trainer)))
+    if deliver == "at the step":
+        same(*rest)
     if "pp" in setting:  # before the first step the stages are run once on empty memory, for the shapes
         heard = {name: calls[-BATCH:] for name, calls in heard.items()}
     counts = None
@@ -204,15 +213,20 @@ def measure(deliver: str, kind: str, **setting: Any) -> dict[str, list[float]]:
     if kind == "balance" and deliver != "at the step":  # elsewhere later layers' balance comes in from above
         last = max(before)
         before = {last: before[last]}
-    return gathered(times(after[0], after[1], by_hand(kind, before, heard, counts=counts), RATE))
+    return gathered(times(after[0], after[1], by_hand(kind, before, heard, setting.get("score", softmax), counts), RATE))
 
 
-SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {  # under the default backend, spmd_types, if none is said
     "FSDP2": {},
     "FSDP2, 3 micro-batches": {"accumulate": 3},
     "FSDP2, 3 micro-batches, masked labels": {"accumulate": 3, "masked": True},
+    "FSDP2, sigmoid scores": {"score": sigmoid},
     "TP=2, 2 micro-batches": {"tp": 2, "accumulate": 2},
     "PP=2, 2 micro-batches": {"pp": 2},
+    "FSDP2, partial_dtensor, 3 micro-batches": {"accumulate": 3, "backend": "partial_dtensor"},
+    "TP=2, partial_dtensor, 2 micro-batches": {"tp": 2, "accumulate": 2, "backend": "partial_dtensor"},
+    "FSDP2, full_dtensor, 3 micro-batches": {"accumulate": 3, "backend": "full_dtensor"},
+    "TP=2, full_dtensor, 2 micro-batches": {"tp": 2, "accumulate": 2, "backend": "full_dtensor"},
     "FSDP2, 12 blocks compiled one by one": {"compile": "aot_eager", "layers": 12},
 }
 

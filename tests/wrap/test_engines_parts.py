@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectral_router import LoadBalanceLoss, wrap_moe
+from spectral_router import LoadBalanceLoss, find_gates, wrap_moe
 from spectral_router.wrap.delivery import share_of_step
 
 
@@ -60,6 +60,18 @@ def test_padding_that_a_gate_is_told_of_is_left_out(at_step: bool) -> None:
     else:
         handle.loss().backward()
     torch.testing.assert_close(block.router.weight.grad, wanted)
+
+
+@pytest.mark.parametrize(("top_k", "scoring"), [(1, "sigmoid"), (2, "softmax")])
+def test_megatrons_sinkhorn_says_how_it_scores(top_k: int, scoring: str) -> None:
+    class TopKRouter(Router):  # its own forward, so that no layer tells
+        def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+            raise NotImplementedError
+
+    block = Block()
+    block.router = TopKRouter(16, 4)
+    block.router.routing_type, block.router.score_function, block.router.topk = "sinkhorn", "softmax", top_k
+    assert [gate.scoring for gate in find_gates(block)] == [scoring]
 
 
 def test_share_of_step_knows_loss_div_factor() -> None:

@@ -6,10 +6,9 @@ from .cases import Case
 from .frameworks import FRAMEWORKS
 from .handwritten import HANDWRITTEN
 from .negatives import NEGATIVES
-from .pretraining import PRETRAINING
 from .remote_code import REMOTE_CODE
 from .toolkits import TOOLKITS
 
 __all__ = ["LOOKALIKES", "NEGATIVES"]
 
-LOOKALIKES: tuple[Case, ...] = (*FRAMEWORKS, *PRETRAINING, *TOOLKITS, *REMOTE_CODE, *HANDWRITTEN)
+LOOKALIKES: tuple[Case, ...] = (*FRAMEWORKS, *TOOLKITS, *REMOTE_CODE, *HANDWRITTEN)

@@ -29,7 +29,7 @@ def same(model, state) -> bool:
     return all(torch.equal(value, state[name]) for name, value in bits(model).items())
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "switch_transformers", "dbrx", "doge", "megatron_sigmoid"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "switch_transformers", "dbrx", "doge", "flat_columns"])
 def test_applying_and_removing_is_exact(name: str, tmp_path) -> None:
     (case,) = [case for case in CASES if case.name == name]
     model, inputs = case.build()

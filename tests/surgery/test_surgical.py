@@ -24,7 +24,7 @@ WAYS = (
     "gpt_oss",
     "switch_transformers",
     "dbrx",
-    "megatron_sigmoid",
+    "flat_columns",
     "doge",
     "jetmoe",
     "mixture_of_experts_hierarchical",

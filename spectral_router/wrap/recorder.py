@@ -238,7 +238,7 @@ class Recorder(Objective):
             if arguments.get("output_router_logits"):
                 self.advice.own_loss(self.model, self.balance)
             ran = {number for number, _ in calls}
-            mine = [i for i in range(len(self.gates)) if self._runs(i)]
+            mine = [i for i in range(len(self.gates)) if self.runs(i)]
             frozen = [self.gates[i].name for i in mine if not trainable(self.gates[i])]
             idle = [self.gates[i].name for i in mine if i not in ran and self.gates[i].name not in frozen]
             self.advice.after_first_forward(frozen, idle)

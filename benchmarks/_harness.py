@@ -73,8 +73,11 @@ def interleave(contenders: Mapping[str, Callable[[], object]], repeats: int) -> 
     gc.collect()
     began = time.perf_counter()
     for repeat in range(-WARM_UP, repeats):
-        if repeat >= FEWEST and time.perf_counter() - began > PATIENCE:
-            break
+        if time.perf_counter() - began > PATIENCE:
+            if repeat >= FEWEST:
+                break
+            if -WARM_UP < repeat < 0:
+                continue
         shift = repeat % len(names)
         for name in names[shift:] + names[:shift]:
             elapsed = _timed(contenders[name])

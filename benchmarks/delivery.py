@@ -60,7 +60,8 @@ def cost(repeats: int, quick: bool) -> Report:
         seconds = interleave(contenders, repeats)
         # without the task's own gradients, which every contender has to have
         own = {
-            key: [t - base for t, base in zip(seconds[key], seconds["none"], strict=True)] for key in ("loss", "several", "step")
+            key: [t - base for t, base in zip(seconds[key], seconds["none"], strict=True)]
+            for key in ("loss", "several", "step")
         }
         label = f"{name}, {count}{'' if count == layers else f' of {layers}'} x ({experts}, {dim})"
         report.raw[label] = seconds

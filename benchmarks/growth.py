@@ -1,6 +1,6 @@
-"""The penalty as gates, experts and width grow, forward + backward: the formula by `svdvals`, ours in the loss, ours at the step.
+"""The penalty as gates, experts and width grow, forward + backward: by `svdvals` literally, ours in the loss, ours at the step.
 
-    python -m benchmarks.growth
+python -m benchmarks.growth
 """
 
 from __future__ import annotations
@@ -42,7 +42,12 @@ def measure(repeats: int, quick: bool) -> list[Report]:
         base = QUICK_BASE if quick else BASE
         report = Report(
             TITLES[name],
-            [f"{NAMES[name]} {name}", *(f"{way}, ms" for way in WAYS.values()), "svdvals / in the loss", "svdvals / at the step"],
+            [
+                f"{NAMES[name]} {name}",
+                *(f"{way}, ms" for way in WAYS.values()),
+                "svdvals / in the loss",
+                "svdvals / at the step",
+            ],
         )
         report.notes = [", ".join(f"{other} = {base[other]}" for other in base if other != name) + "."]
         for size in sizes[:2] if quick else sizes:

@@ -85,9 +85,13 @@ def draw(saved: dict[str, Any], docs: Path) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     flags = argparse.ArgumentParser(prog="python -m benchmarks.pages", description=(__doc__ or "").splitlines()[0])
-    flags.add_argument("files", nargs="*", type=Path, metavar="FILE", help="written by python -m benchmarks --json; none: picture only")
+    flags.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help="written by python -m benchmarks --json; none: picture only"
+    )
     flags.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the pages (default: %(default)s)")
-    flags.add_argument("--saved", type=Path, default=SAVED, help="where the picture's figures are kept (default: benchmarks/growth.json)")
+    flags.add_argument(
+        "--saved", type=Path, default=SAVED, help="where the picture's figures are kept (default: benchmarks/growth.json)"
+    )
     arguments = flags.parse_args(argv)
     if arguments.files:
         runs = [json.loads(file.read_text(encoding="utf-8")) for file in arguments.files]

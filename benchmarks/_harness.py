@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 WARM_UP = 2
-PATIENCE = 8.0  # seconds after which one comparison ends, once it has had FEWEST rounds
+PATIENCE = 5.0  # seconds after which one comparison ends, once it has had FEWEST rounds
 FEWEST = 3
 
 

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 
 WARM_UP = 2
+PATIENCE = 5.0  # seconds after which one comparison ends, once it has had FEWEST rounds
+FEWEST = 3
 
 
 @dataclass
@@ -56,15 +58,26 @@ def machine() -> dict[str, str]:
         lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
         models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         name = f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
-    return {"device": name, "torch": torch.__version__, "python": platform.python_version(), "system": platform.system()}
+    cuda = {"cuda": str(torch.version.cuda)} if device().type == "cuda" else {}
+    python = {"python": platform.python_version(), "system": platform.system()}
+    return {"device": name, "torch": torch.__version__, **cuda, **python}
 
 
 def interleave(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call. The contenders take turns, each round in another order: drift of the machine hits all alike."""
+    """Seconds of each call. The contenders take turns, each round in another order: drift of the machine hits all alike.
+
+    Slow ones have fewer rounds than were asked for; their spread is small, too.
+    """
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
+    began = time.perf_counter()
     for repeat in range(-WARM_UP, repeats):
+        if time.perf_counter() - began > PATIENCE:
+            if repeat >= FEWEST:
+                break
+            if -WARM_UP < repeat < 0:
+                continue
         shift = repeat % len(names)
         for name in names[shift:] + names[:shift]:
             elapsed = _timed(contenders[name])
@@ -108,16 +121,20 @@ def _timed(call: Callable[[], object]) -> float:
 
 def ratio(seconds: Mapping[str, Sequence[float]], name: str, base: str) -> tuple[float, float, float]:
     """Median and quartiles of name / base over the rounds: neighbours in time, so that slow phases of the machine cancel."""
-    ratios = [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
-    if len(ratios) < 2:
-        return ratios[0], ratios[0], ratios[0]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return middle, low, high
+    return quartiles([a / b for a, b in zip(seconds[name], seconds[base], strict=True)])
 
 
 def show_ratio(seconds: Mapping[str, Sequence[float]], name: str, base: str, digits: int = 2) -> str:
     middle, low, high = ratio(seconds, name, base)
     return f"{middle:.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, lower and upper quartile."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return middle, low, high
 
 
 def show_ms(seconds: Sequence[float]) -> str:
@@ -134,7 +151,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
         call()
         return torch.cuda.max_memory_allocated() - before
     with (
-        _quiet_stderr(),
+        quiet_stderr(),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
     ):
         call()
@@ -147,7 +164,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 @contextmanager
-def _quiet_stderr() -> Iterator[None]:
+def quiet_stderr() -> Iterator[None]:
     """The profiler's own lines (starts, stops, no GPU found) come from C++ and heed no setting."""
     sys.stderr.flush()
     kept = os.dup(2)
@@ -185,9 +202,14 @@ def show(reports: Sequence[Report]) -> None:
         print(report.markdown(), flush=True)
 
 
-def save(reports: Sequence[Report], json_file: Path | None = None, markdown_file: Path | None = None) -> None:
-    """Each file as a whole or not at all."""
-    record = {"machine": machine(), "reports": [asdict(report) for report in reports]}
+def save(
+    reports: Sequence[Report],
+    json_file: Path | None = None,
+    markdown_file: Path | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> None:
+    """Each file as a whole or not at all. `seconds`: what each part of the run took."""
+    record = {"machine": machine(), "seconds": seconds or {}, "reports": [asdict(report) for report in reports]}
     tables = "\n".join([header(), *(report.markdown() for report in reports)])
     for file, text in ((json_file, json.dumps(record, indent=1, ensure_ascii=False)), (markdown_file, tables)):
         if file is not None:

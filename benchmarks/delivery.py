@@ -2,7 +2,7 @@
 
     python -m benchmarks.delivery
 
-Cost: the penalty alone, over the gates of real models, at one micro-batch a step and at sixteen. What is left out: the part of
+Cost: the penalty alone, over the gates of real models, at one micro-batch a step and at four. What is left out: the part of
 a balance loss's gradient that goes into what lies before the gates, and what training makes of that.
 """
 
@@ -22,6 +22,7 @@ from .penalty import MODELS, at_the_step, gates, limit
 from .wrap import build
 
 SEEDS = (0, 1, 2)
+ACCUMULATED = 4  # micro-batches
 
 
 def in_the_loss(weights: Sequence[nn.Parameter], penalty: SpectralRankPenalty, accumulation: int) -> None:
@@ -39,7 +40,7 @@ def step(weights: Sequence[nn.Parameter], term: Callable[[], object]) -> None:
 def cost(repeats: int, quick: bool) -> Report:
     report = Report(
         "Penalty: time of an optimizer step, in the loss and at the step",
-        ["gates", "in the loss, ms", "16 micro-batches, ms", "at the step, ms", "in the loss / at the step", "16 micro-batches",
+        ["gates", "in the loss, ms", "4 micro-batches, ms", "at the step, ms", "in the loss / at the step", "4 micro-batches",
          "at the step / limit"],
     )  # fmt: skip
     for name, (layers, experts, dim, count) in MODELS.items():
@@ -52,20 +53,21 @@ def cost(repeats: int, quick: bool) -> Report:
         contenders: dict[str, Callable[[], object]] = {
             "none": partial(step, weights, lambda: None),
             "loss": partial(step, weights, partial(in_the_loss, weights, penalty, 1)),
-            "loss16": partial(step, weights, partial(in_the_loss, weights, penalty, 16)),
+            "several": partial(step, weights, partial(in_the_loss, weights, penalty, ACCUMULATED)),
             "step": partial(step, weights, at_the_step(weights)),
             "limit": partial(limit, stacked, torch.empty_like(stacked)),
         }
         seconds = interleave(contenders, repeats)
         # without the task's own gradients, which every contender has to have
         own = {
-            key: [t - base for t, base in zip(seconds[key], seconds["none"], strict=True)] for key in ("loss", "loss16", "step")
+            key: [t - base for t, base in zip(seconds[key], seconds["none"], strict=True)]
+            for key in ("loss", "several", "step")
         }
         label = f"{name}, {count}{'' if count == layers else f' of {layers}'} x ({experts}, {dim})"
         report.raw[label] = seconds
         every = {**own, "limit": seconds["limit"]}
-        ratios = [show_ratio(every, *pair, 1) for pair in (("loss", "step"), ("loss16", "step"), ("step", "limit"))]
-        report.rows.append([label, *(show_ms(own[key]) for key in ("loss", "loss16", "step")), *ratios])
+        ratios = [show_ratio(every, *pair, 1) for pair in (("loss", "step"), ("several", "step"), ("step", "limit"))]
+        report.rows.append([label, *(show_ms(own[key]) for key in ("loss", "several", "step")), *ratios])
     return report
 
 

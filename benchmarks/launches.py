@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from spectral_router import LoadBalanceLoss, LossFreeBias, PrototypeRouter, SpectralRankPenalty, wrap_moe
 
-from ._harness import Report, _quiet_stderr, device, parser, progress, publish
+from ._harness import Report, device, parser, progress, publish, quiet_stderr
 from .penalty import at_the_step, gates, ours
 from .wrap import build
 
@@ -24,21 +25,32 @@ _KERNEL = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 _WAIT_CUDA = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
-def count(call: Callable[[], object]) -> tuple[int, int | None]:
-    """Kernels and waits of one call, after two others; operators and None on a CPU."""
+class Counted(NamedTuple):
+    """Of one call: kernels and waits on a GPU; operators, and nothing that could wait, on a CPU."""
+
+    launched: int
+    waits: int | None
+
+
+def count(call: Callable[[], object]) -> Counted:
+    """After two calls of it, and without what the profiler itself does."""
     for _ in range(2):
         call()
-    cuda = device().type == "cuda"
-    if cuda:
+    names, own = _profiled(call), _profiled(lambda: None)
+    if device().type != "cuda":
+        return Counted(sum(name.startswith("aten::") for name in names), None)
+    waits, own_waits = (sum(name in _WAIT_CUDA for name in of) for of in (names, own))
+    return Counted(sum(name.startswith(_KERNEL) for name in names), max(waits - own_waits, 0))
+
+
+def _profiled(call: Callable[[], object]) -> list[str]:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device().type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
         torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
-    with _quiet_stderr(), torch.profiler.profile(activities=activities) as profile:
+    with quiet_stderr(), torch.profiler.profile(activities=activities) as profile:
         call()
-    names = [event.name for event in profile.events()]
-    if cuda:
-        waits = sum(name in _WAIT_CUDA for name in names) - 1  # the profiler's own, at its end
-        return sum(name.startswith(_KERNEL) for name in names), max(waits, 0)
-    return sum(name.startswith("aten::") for name in names), None
+    return [event.name for event in profile.events()]
 
 
 def paths(quick: bool) -> dict[str, Callable[[], object]]:

@@ -7,7 +7,6 @@ The limit is what any method must do at least: read every weight twice and write
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -130,11 +129,9 @@ def measure(repeats: int, quick: bool) -> list[Report]:
         stacked = torch.stack([weight.detach() for weight in weights])
         plain: Callable[[], object] = partial(fresh, weights, partial(literal, norm=lambda w: torch.linalg.matrix_norm(w, 2)))
         values: Callable[[], object] = partial(fresh, weights, partial(literal, norm=lambda w: torch.linalg.svdvals(w)[0]))
-        # the literal formula takes seconds at the largest shapes; there its spread is small, too
-        rounds = min(repeats, 3 if experts >= 128 else repeats)
         gradients = [torch.randn_like(weight) for weight in weights]
         delivered = {"step": partial(step, weights, gradients, at_the_step(weights))}
-        against = interleave({"literal": plain, "svdvals": values, **solvers(weights), **delivered}, rounds)
+        against = interleave({"literal": plain, "svdvals": values, **solvers(weights), **delivered}, repeats)
         limits: dict[str, Callable[[], object]] = {
             "limit": partial(limit, stacked, torch.empty_like(stacked)),
             "new": partial(limit_fresh, stacked),
@@ -151,13 +148,7 @@ def measure(repeats: int, quick: bool) -> list[Report]:
             + [show_ms(seconds["new"]), *(show_ratio(seconds, solver, "new", 1) for solver in ("exact", "power"))]
             + [peak(weights, call) for call in [*solvers(weights).values(), plain]]
         )
-    growth = Report("Penalty, cost in the number of gates", ["gates of (64, 2048)", "exact, ms a gate", "power, ms a gate"])
-    for count in (2, 4) if quick else (2, 8, 32, 128):
-        progress(f"{count} gates")
-        seconds = interleave(solvers(gates(count, 64, 256 if quick else 2048)), repeats)
-        growth.raw[str(count)] = seconds
-        growth.rows.append([str(count), *(f"{statistics.median(times) * 1e3 / count:.3f}" for times in seconds.values())])
-    return [speed, bound, growth]
+    return [speed, bound]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 
 from spectral_router import find_gates, wrap_moe
 
-from ._harness import Report, parser, progress, publish
+from ._harness import Report, parser, progress, publish, quartiles
 
 # torch takes its bytecode from where it lies; ours goes to a folder of this run, for callers whose settings forbid writing it
 CHILD = """
@@ -54,7 +54,7 @@ def imports(repeats: int) -> Report:
     report = Report("Import, after torch", ["import", "ms", "quartiles", "share of the import of torch before it, %"])
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in IMPORTS}
     with tempfile.TemporaryDirectory() as cache:
-        for repeat in range(-1, repeats):  # the first round writes the bytecode
+        for repeat in range(-1 if repeats > 1 else 0, repeats):  # the first round writes the bytecode
             progress(f"imports, round {repeat + 1} of {repeats}")
             for name, parts in IMPORTS.items():
                 taken = import_seconds(*parts, cache)
@@ -119,14 +119,14 @@ def handles(repeats: int, layers: int) -> Report:
 
 
 def row(name: str, seconds: Sequence[float]) -> list[str]:
-    low, middle, high = (1e3 * value for value in statistics.quantiles(seconds, n=4, method="inclusive"))
+    middle, low, high = (1e3 * value for value in quartiles(seconds))
     return [name, f"{middle:.3g}", f"{low:.3g} - {high:.3g}"]
 
 
 def measure(repeats: int, quick: bool) -> list[Report]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the model's own balance loss is on is not the question here
-        return [imports(repeats), handles(repeats, 4 if quick else 100)]
+        return [imports(1 if quick else repeats), handles(repeats, 4 if quick else 100)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

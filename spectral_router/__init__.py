@@ -6,6 +6,7 @@ path of experts, `integrations` speaks to trainers. Public is what is named here
 rooms may change.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import functional
@@ -28,11 +29,11 @@ from .penalties import (
     project_spectral_,
 )
 from .routing import Controller, PrototypeRouter, RouterOutput, rescue_collapsed_, route
-from .surgery import ExpertPath, experts_of, load_delta, surgical
 from .wrap import MoEHandle, gate_param_groups, wrap_moe
 
 if TYPE_CHECKING:
     from .report import compare_checkpoints, inspect_checkpoint
+    from .surgery import ExpertPath, experts_of, load_delta, surgical
 
 __version__ = "0.1.0"
 
@@ -70,10 +71,23 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Reading checkpoints is not what a training run imports this for: that room opens when it is asked for."""
-    if name in ("compare_checkpoints", "inspect_checkpoint"):
-        from . import report
+# rooms that a training run has no use for open when a name of theirs is asked for
+_LATER = {
+    "ExpertPath": "surgery",
+    "compare_checkpoints": "report",
+    "experts_of": "surgery",
+    "inspect_checkpoint": "report",
+    "load_delta": "surgery",
+    "surgical": "surgery",
+}
 
-        return getattr(report, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -31,13 +31,23 @@ def test_import_loads_torch_and_einops_and_nothing_else(tmp_path: Path) -> None:
     assert ours - base == {"spectral_router"}
 
 
+@pytest.mark.slow
+def test_rooms_that_training_has_no_use_for_open_when_asked_for(tmp_path: Path) -> None:
+    show = "print(*sorted({name.split('.')[1] for name in sys.modules if name.startswith('spectral_router.')}))"
+    code = f"import sys; import spectral_router as s; {show}; s.surgical; {show}; s.inspect_checkpoint; {show}"
+    first, second, third = (set(line.split()) for line in python(code, tmp_path, PYTHONPATH=str(ROOT)).splitlines())
+    assert not first & {"surgery", "report", "integrations"}
+    assert second - first == {"surgery"}
+    assert third - second == {"report"}
+
+
 def test_public_names_are_those_of_all() -> None:
     names = spectral_router.__all__
     assert names == sorted(names)
     assert all(hasattr(spectral_router, name) for name in names)
     modules = {path.stem for path in (ROOT / "spectral_router").iterdir()}
-    lazy = {"TYPE_CHECKING", "Any", "compare_checkpoints", "inspect_checkpoint"}
-    public = {name for name in vars(spectral_router) if not name.startswith("_")} ^ lazy
+    imported = {"TYPE_CHECKING", "Any", "import_module"}
+    public = {name for name in dir(spectral_router) if not name.startswith("_")} - imported
     # a submodule is an attribute as soon as it is imported; the names in it are what is public
     assert public - (modules - set(names)) == set(names)
 

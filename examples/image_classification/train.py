@@ -21,6 +21,9 @@ from .objective import Objective, Terms
 INIT_BATCH = 512
 
 
+Step = Callable[[SRMoE, Objective, Tensor, Tensor], tuple[Terms, Tensor]]
+
+
 class Trained(NamedTuple):
     model: SRMoE
     objective: Objective
@@ -64,7 +67,7 @@ def train(
         first = split.train[torch.randperm(len(split.train), generator=torch.Generator().manual_seed(seed))[:INIT_BATCH]]
         images = to_layout(as_float(data.images[first.to(device)]))
         model.prototypes_from(images, torch.Generator(device).manual_seed(seed))
-    step = torch.compile(forward) if config.compile else forward
+    step = compiled(device) if config.compile else forward
     for epoch in range(len(history), config.epochs):
         row = _train_epoch(config, step, model, objective, optimizer, data, split.train, seed * 100_003 + epoch)
         val = split.val.to(device)
@@ -98,9 +101,14 @@ def forward(model: SRMoE, objective: Objective, images: Tensor, labels: Tensor) 
     return objective(model, logits, routed, labels), (logits.argmax(-1) == labels).sum()
 
 
+def compiled(device: torch.device) -> Step:
+    """`forward` by torch's compiler; on a GPU with CUDA graphs, as a step is many small operations."""
+    return torch.compile(forward, mode="reduce-overhead" if device.type == "cuda" else "default")
+
+
 def _train_epoch(
     config: Config,
-    step: Callable[..., tuple[Terms, Tensor]],
+    step: Step,
     model: SRMoE,
     objective: Objective,
     optimizer: torch.optim.Optimizer,
@@ -127,7 +135,7 @@ def _train_epoch(
 
 
 def train_step(
-    step: Callable[..., tuple[Terms, Tensor]],
+    step: Step,
     model: SRMoE,
     objective: Objective,
     optimizer: torch.optim.Optimizer,
@@ -135,9 +143,9 @@ def train_step(
     labels: Tensor,
 ) -> Tensor:
     """One update. The terms of equation 7 before it, and the share of images that were right, (5,)."""
+    optimizer.zero_grad(set_to_none=True)  # first of all: CUDA graphs take the memory of the last step's gradients
     with mixed_precision(images.device):
         parts, correct = step(model, objective, images, labels)
-    optimizer.zero_grad(set_to_none=True)
     parts.total.backward()
     optimizer.step()
     objective.after_step(model)

@@ -69,6 +69,7 @@ class Config:
 
     device: str = flag("auto", "auto, cpu or cuda")
     bf16: bool = flag(False, "bf16 autocast")
+    compile: bool = flag(False, "torch.compile the model, hooks and all")
     fsdp: bool = flag(False, "under torchrun or accelerate launch: FSDP2 in place of DDP")
     report_to: list[str] = flag(
         ("tensorboard",),

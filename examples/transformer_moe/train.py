@@ -225,6 +225,7 @@ def arguments(config: Config, run: Run, phase: Phase, folder: Path, resumed: int
         run_name=f"{run.arm}-seed{run.seed}-{phase.name}",
         use_cpu=on_cpu,
         bf16=config.bf16,
+        torch_compile=config.compile,
         ddp_backend="gloo" if on_cpu and processes() > 1 else None,
         dataloader_pin_memory=not on_cpu,
         disable_tqdm=True,

@@ -156,12 +156,34 @@ def deviation(
     one_sided: bool = False,
 ) -> Tensor:
     """Equations 3 + 5 from values already computed."""
+    above, below = _deviations(sigma, rank, sigma_target, rank_target, relative, one_sided)
+    return above.square() + below.square()
+
+
+def deviation_slopes(
+    sigma: Tensor,
+    rank: Tensor,
+    sigma_target: float | Tensor,
+    rank_target: float | Tensor,
+    relative: bool,
+    one_sided: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Derivatives of `deviation` by sigma and by rank."""
+    above, below = _deviations(sigma, rank, sigma_target, rank_target, relative, one_sided)
+    if relative:
+        above, below = above / sigma_target, below / rank_target
+    return 2 * above, -2 * below
+
+
+def _deviations(
+    sigma: Tensor, rank: Tensor, sigma_target: float | Tensor, rank_target: float | Tensor, relative: bool, one_sided: bool
+) -> tuple[Tensor, Tensor]:
     above, below = sigma - sigma_target, rank_target - rank
     if relative:
         above, below = above / sigma_target, below / rank_target
     if one_sided:
         above, below = above.clamp_min(0), below.clamp_min(0)  # which leaves NaN
-    return above.square() + below.square()
+    return above, below
 
 
 def _values(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._precision import at_least_float32, keep_precision
 from .anchors import drift, held_at, keeps_nothing, none_yet
-from .formulas import check_targets, deviation, resolve_rank_target
+from .formulas import check_targets, deviation, deviation_slopes, resolve_rank_target
 from .groups import by_shape, in_order, matrices_in, total
 from .spectrum import fixed_start, spectral_values
 
@@ -135,16 +135,16 @@ class SpectralRankPenalty(nn.Module):
     def _terms(self, weights: list[Tensor]) -> tuple[list[Tensor], list[list[int]]]:
         """For each group of matrices of equal shape: their penalties, and their positions."""
         groups, positions = self._measured(weights)
-        return self.terms(groups), positions
+        return [deviation(g.sigma, g.rank, *self._targets(g), self.relative, self.one_sided) for g in groups], positions
 
-    def terms(self, groups: list[Measured]) -> list[Tensor]:
-        """For each group what was measured costs, matrix by matrix."""
-        terms = []
-        for sigma, rank, rank_target, members in groups:
-            norm = held_at(self.anchor, members, sigma) if isinstance(self.sigma_target, str) else self.sigma_target
-            goal = held_at(self.rank_anchor, members, rank) if rank_target is None else rank_target
-            terms.append(deviation(sigma, rank, norm, goal, self.relative, self.one_sided))
-        return terms
+    def slopes(self, group: Measured) -> tuple[Tensor, Tensor]:
+        """Derivatives of the group's penalties by spectral norm and by stable rank, (B,) each."""
+        return deviation_slopes(group.sigma, group.rank, *self._targets(group), self.relative, self.one_sided)
+
+    def _targets(self, group: Measured) -> tuple[float | Tensor, float | Tensor]:
+        sigma, rank, goal, members = group
+        norm = held_at(self.anchor, members, sigma) if isinstance(self.sigma_target, str) else self.sigma_target
+        return norm, held_at(self.rank_anchor, members, rank) if goal is None else goal
 
     def goal(self, group: list[Tensor]) -> float | None:
         """The stable rank that matrices of this shape are pulled to; None: their anchors."""

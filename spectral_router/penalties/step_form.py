@@ -15,11 +15,15 @@ from torch import Tensor
 from .._precision import full_precision
 from .groups import by_shape
 from .spectral_rank import Measured, SpectralRankPenalty
+from .spectrum import fixed_start
 
 # The trace of a Gram matrix in between is far from over- and underflow, for the squares of its entries too.
 _SAFE = 1e-12, 1e12
-# Up to so many rows the small matrix costs less than passes over the weights for a vector.
-_SMALL = 64
+# Up to so many rows one product with a small matrix costs less than passes over weights and gradient.
+_SMALL = 32
+# Up to so many rows all eigenvectors are had as fast as one.
+_FEW = 16
+_SOLVES = 3
 
 
 def fits(penalty: object, weights: Sequence[Tensor]) -> bool:
@@ -42,32 +46,19 @@ def add_gradients_(
         False, with nothing done: a matrix is zero, not finite, or so large or small that its squares need care.
     """
     groups, positions = by_shape(list(weights))
-    measured, values, first = [], [], 0
-    for group in groups:
-        found = _top(group)
-        if found is None:
-            return False
-        sigma, rank, u = found
-        leaves = sigma.requires_grad_(), rank.requires_grad_()
-        measured.append(Measured(*leaves, penalty.goal(group), slice(first, first + len(group))))
-        values.append(u)
-        first += len(group)
+    found = [_top(group) for group in groups]
+    if any(top is None for top in found):
+        return False
     penalty.remember(groups)
-    with torch.enable_grad():
-        terms = penalty.terms(measured)
-        leaves_of_all = [leaf for group in measured for leaf in (group.sigma, group.rank)]
-        slopes = torch.autograd.grad(torch.stack([term.sum() for term in terms]).sum(), leaves_of_all, allow_unused=True)
-    for index, (group, places) in enumerate(zip(groups, positions, strict=True)):
-        on_sigma, on_rank = (
-            torch.zeros_like(measured[index].sigma) if s is None else s for s in slopes[2 * index : 2 * index + 2]
-        )
-        sigma, rank = measured[index].sigma.detach(), measured[index].rank.detach()
-        on_weight = 2 * on_rank / sigma.square()
-        on_outer = on_sigma / sigma - on_weight * rank
-        for place, weight, u, outer, plain in zip(places, group, values[index], on_outer, on_weight, strict=True):
-            gradient = gradients[place]
-            if gradient is not None:
-                _add(gradient, weight, u, coefficient * outer, coefficient * plain)
+    first = 0
+    for group, places, top in zip(groups, positions, found, strict=True):
+        sigma, rank, u = top  # type: ignore[misc]  # none is None
+        of_group = Measured(sigma, rank, penalty.goal(group), slice(first, first + len(group)))
+        first += len(group)
+        on_sigma, on_rank = penalty.slopes(of_group)
+        on_weight = on_rank * (2 * coefficient) / sigma.square()
+        on_outer = on_sigma * coefficient / sigma - on_weight * rank
+        _add(group, [gradients[place] for place in places], u, on_outer, on_weight)
     return True
 
 
@@ -82,19 +73,44 @@ def _top(group: list[Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
         trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         if not bool(((trace > _SAFE[0]) & (trace < _SAFE[1])).all()):
             return None
-        eigenvalues, vectors = torch.linalg.eigh(gram)
-        top = eigenvalues[:, -1]
-        return top.sqrt(), (trace / top).clamp(1, rows), vectors[..., -1]
+        top, u = _top_of(gram)
+        return top.sqrt(), (trace / top).clamp(1, rows), u
 
 
-def _add(gradient: Tensor, weight: Tensor, u: Tensor, outer: Tensor, plain: Tensor) -> None:
-    """gradient += outer · u uᵀ W + plain · W, or from the other side where W is taller than wide."""
-    if weight.shape[0] > weight.shape[1]:
-        gradient, weight = gradient.mT, weight.mT
-    if len(u) <= _SMALL:
-        small = torch.outer(outer * u, u)
-        small.diagonal().add_(plain)
-        gradient.addmm_(small, weight)
-    else:
-        gradient.add_(weight, alpha=plain.item())
-        gradient.addr_(outer * u, u @ weight)
+def _top_of(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest eigenvalue (L,) and its eigenvector (L, m): of more than a few rows without the other vectors.
+
+    Inverse iteration right above the largest eigenvalue damps what lies a relative gap g below it by eps / g each time.
+    """
+    rows = gram.shape[-1]
+    if rows > _FEW:
+        top = torch.linalg.eigvalsh(gram)[:, -1]
+        above = gram.neg()
+        above.diagonal(dim1=-2, dim2=-1).add_((top * (1 + 8 * rows**0.5 * torch.finfo(gram.dtype).eps))[:, None])
+        factor, failed = torch.linalg.cholesky_ex(above)
+        if not failed.any():
+            u = fixed_start(len(gram), rows, gram)[..., None]
+            for _ in range(_SOLVES):
+                u = torch.cholesky_solve(u, factor)
+                u = u / torch.linalg.vector_norm(u, dim=1, keepdim=True)
+            return top, u[..., 0]
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    return eigenvalues[:, -1], vectors[..., -1]
+
+
+def _add(group: list[Tensor], gradients: list[Tensor | None], u: Tensor, outer: Tensor, plain: Tensor) -> None:
+    """gradient += outer · u uᵀ W + plain · W for each W, or from the other side where it is taller than wide."""
+    if group[0].shape[0] > group[0].shape[1]:
+        group, gradients = [w.mT for w in group], [None if g is None else g.mT for g in gradients]
+    scaled = outer[:, None] * u
+    if u.shape[1] <= _SMALL:
+        small = scaled[:, :, None] * u[:, None]
+        small.diagonal(dim1=-2, dim2=-1).add_(plain[:, None])
+        for gradient, weight, matrix in zip(gradients, group, small, strict=True):
+            if gradient is not None:
+                gradient.addmm_(matrix, weight)
+        return
+    for gradient, weight, left, row, factor in zip(gradients, group, scaled, u, plain.tolist(), strict=True):
+        if gradient is not None:
+            gradient.add_(weight, alpha=factor)
+            gradient.addr_(left, row @ weight)

@@ -76,7 +76,7 @@ class Objective:
 
     def measured(self, calls: list[tuple[int, Call]], arguments: Mapping[str, Any]) -> list[Tensor]:
         """The balance loss of each call; their values and the experts' shares are kept for the metrics."""
-        self.balances = {number: balance for number, balance in self.balances.items() if not self._runs(number)}
+        self.balances = {number: balance for number, balance in self.balances.items() if not self.runs(number)}
         found = []
         for number, call in calls:
             if call.scores is None:
@@ -94,9 +94,9 @@ class Objective:
 
     def learning(self) -> list[bool]:
         """For each matrix, tied ones being one, whether it learns, in the part that runs."""
-        return [self._runs(group[0]) and trainable(self.gates[group[0]]) for group in self.ties]
+        return [self.runs(group[0]) and trainable(self.gates[group[0]]) for group in self.ties]
 
-    def _runs(self, number: int) -> bool:
+    def runs(self, number: int) -> bool:
         tap = self.taps[number]
         return not tap.gone and (self.part is None or tap.part == self.part)
 

@@ -238,7 +238,7 @@ class Recorder(Objective):
             if arguments.get("output_router_logits"):
                 self.advice.own_loss(self.model, self.balance)
             ran = {number for number, _ in calls}
-            mine = [(i, gate, gate.name) for i, gate in enumerate(self.gates) if self._runs(i)]
+            mine = [(i, gate, gate.name) for i, gate in enumerate(self.gates) if self.runs(i)]
             stored = [name for _, gate, name in mine if quantised(gate.matrix)]
             buffers = [name for _, gate, name in mine if gate.buffered and name not in stored]
             still = [name for _, gate, name in mine if not learns_from(gate) and name not in stored]

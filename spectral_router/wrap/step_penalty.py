@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._precision import full_precision
 from ..penalties.step_form import add_gradients_, fits
-from .weights import full_weight, plain
+from .weights import full_weight, plain_matrix
 
 if TYPE_CHECKING:
     from .recorder import Recorder
@@ -23,10 +23,11 @@ def add_penalty_(recorder: Recorder, owned: set[int], times: float) -> bool:
         times: how many steps it is for.
     """
     gates = [recorder.gates[group[0]] for group in recorder.ties]
-    matrices = [gate.matrix for gate in gates if plain(gate)]
+    matrices = [matrix for matrix in map(plain_matrix, gates) if matrix is not None]
     if not gates or len(matrices) < len(gates) or not fits(recorder.penalty, matrices):
         return False
-    learns = [learns and id(m) in owned for m, learns in zip(matrices, recorder.learning(), strict=True)]
+    runs = (recorder.runs(group[0]) for group in recorder.ties)
+    learns = [run and m.requires_grad and id(m) in owned for m, run in zip(matrices, runs, strict=True)]
     if any(m.grad is not None and m.grad.dtype != m.dtype for m in matrices):
         return False
     for matrix, learning in zip(matrices, learns, strict=True):

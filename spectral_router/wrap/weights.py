@@ -34,10 +34,10 @@ def full_weight(gate: Gate) -> Tensor:
     return whole(gate.weight)
 
 
-def plain(gate: Gate) -> bool:
-    """Whether the weight is a parameter just as it is, all of it here."""
+def plain_matrix(gate: Gate) -> nn.Parameter | None:
+    """The parameter that a gate's weight is, just as it is and all of it here; None where it is more or less than that."""
     matrix = gate.matrix
-    return (
+    plain = (
         type(matrix) is nn.Parameter
         and gate.adapter is None
         and gate.index is None
@@ -45,6 +45,7 @@ def plain(gate: Gate) -> bool:
         and matrix.shape[1 if gate.transposed else 0] == gate.num_experts
         and not hasattr(matrix, "ds_id")
     )
+    return matrix if plain else None  # type: ignore[return-value]  # type() has said so
 
 
 def trainable(gate: Gate) -> bool:

@@ -3,12 +3,13 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import _harness, oneshot, targets, wrap
+from benchmarks import _harness, launches, oneshot, pages, targets, wrap
 
 pytestmark = pytest.mark.slow
 
@@ -26,8 +27,24 @@ def test_every_benchmark_runs_and_every_target_finds_its_rows(tmp_path: Path, ca
         assert f"### {report['title']}" in tables.read_text()
     for target in targets.TARGETS:
         assert targets.rows(target, record), target
+    assert set(record["seconds"]) == set(benchmarks.BENCHMARKS)
     targets.main([str(figures), str(figures)])
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(targets.TARGETS)
+    the_pages_are_made_of_it(figures, tmp_path, record)
+
+
+def the_pages_are_made_of_it(figures: Path, docs: Path, record: dict[str, Any]) -> None:
+    saved = docs / "growth.json"
+    pages.main([str(figures), str(figures), "--docs", str(docs), "--saved", str(saved)])
+    shown = [(docs / f"{name}.md").read_text() for name in ("benchmark_tables", "delivery_table", "benchmark_targets")]
+    for report in record["reports"]:  # each on one of both
+        assert sum(f"{report['title']}" in page for page in shown[:2]) == 1
+    assert all(target.ratio in shown[2] for target in targets.TARGETS)
+    picture = docs / "images" / "benchmark_growth.png"
+    assert picture.stat().st_size > 10_000
+    picture.unlink()
+    pages.main(["--docs", str(docs), "--saved", str(saved)])  # the picture alone, of what was kept
+    assert picture.exists()
 
 
 def test_the_oneshot_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,7 +56,7 @@ def test_the_oneshot_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         benchmarks.main(["penalty", "speed"])
-    assert "names must be among penalty, tracking" in capsys.readouterr().err
+    assert "names must be among penalty, growth, tracking" in capsys.readouterr().err
 
 
 def test_contenders_take_turns_and_ratios_are_of_neighbours() -> None:
@@ -50,6 +67,20 @@ def test_contenders_take_turns_and_ratios_are_of_neighbours() -> None:
     # a machine that is ten times slower in one round changes no ratio
     assert _harness.ratio({"a": [2.0, 20.0, 2.0], "b": [1.0, 10.0, 1.0]}, "a", "b") == (2, 2, 2)
     assert _harness.ratio({"a": [3.0], "b": [1.0]}, "a", "b") == (3, 3, 3)
+
+
+def test_slow_contenders_have_fewer_rounds_but_never_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_harness, "PATIENCE", 0.0)
+    assert len(_harness.interleave({"a": lambda: None}, 20)["a"]) == _harness.FEWEST
+    assert len(_harness.interleave({"a": lambda: None}, 2)["a"]) == 2
+    monkeypatch.setattr(_harness, "PATIENCE", 60.0)
+    assert len(_harness.interleave({"a": lambda: None}, 20)["a"]) == 20
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts operators of a CPU")
+def test_operators_of_a_call_are_counted() -> None:
+    a = torch.ones(3)
+    assert launches.count(lambda: a.add(a).mul(a)) == (2, None)
 
 
 def test_clock_and_peak_measure_what_they_say() -> None:
@@ -85,13 +116,14 @@ def test_the_docs_show_the_targets_and_tables_of_today() -> None:
     for target in targets.TARGETS:
         bound = f"{'at least' if target.at_least else 'at most'} {target.bound:g}"
         lines = [line for line in shown.splitlines() if line.startswith(f"| {target.report}") and target.row in line]
-        assert any(f"| {target.above} / {target.below} | {bound} |" in line for line in lines), target
+        assert any(f"| {target.ratio} | {bound} |" in line for line in lines), target
     for name in (
         "Penalty over",
         "Penalty against",
         "Following",
         "PrototypeRouter",
         "Training step",
+        "Penalty, cost in the number of experts",
         "wrap_moe",
         "Import",
         "ESTIMATE",

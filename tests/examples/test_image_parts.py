@@ -206,3 +206,14 @@ def test_initial_sigma_target_holds_the_first_norm():
             weight *= 3  # the rank stays
     grown = objective(model, logits, routed, labels).penalty - first
     torch.testing.assert_close(grown, sum((2 * norm) ** 2 for norm in norms))
+
+
+# --- training step
+
+
+@pytest.mark.parametrize(("device", "mode"), [("cpu", "default"), ("cuda", "reduce-overhead")])
+def test_on_a_gpu_the_compiled_step_uses_cuda_graphs(device: str, mode: str, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, mode: asked.append((function, mode)))
+    train.compiled(torch.device(device))
+    assert asked == [(train.forward, mode)]

@@ -83,3 +83,29 @@ def test_what_it_is_not_for() -> None:
     assert not fits(lambda ws: ws[0].sum(), weights)
     assert not fits(SpectralRankPenalty(), [weight.bfloat16() for weight in weights])
     assert not fits(SpectralRankPenalty(), [weight.to("meta") for weight in weights])
+
+
+def test_equal_singular_values_give_a_subgradient() -> None:
+    got = torch.zeros(24, 40, dtype=torch.float64)
+    assert add_gradients_(SpectralRankPenalty(), [2 * torch.eye(24, 40, dtype=torch.float64)], [got], 1.0)
+    # the rank is at its target, so what is left is 2 (sigma - 1) u v^T for some top pair of unit vectors
+    torch.testing.assert_close(torch.linalg.matrix_norm(got), torch.tensor(2.0, dtype=torch.float64))
+    assert torch.linalg.matrix_rank(got, rtol=1e-6) == 1
+
+
+def test_where_inverse_iteration_cannot_be_had_all_vectors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = matrices()
+    usual, other = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
+    assert add_gradients_(SpectralRankPenalty(), weights, usual, 1.0)
+    failing = torch.linalg.cholesky_ex
+    asked = []
+
+    def cholesky_ex(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(matrix.shape)
+        return failing(matrix)[0], torch.ones(len(matrix), dtype=torch.int32)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", cholesky_ex)
+    assert add_gradients_(SpectralRankPenalty(), weights, other, 1.0)
+    assert asked == [(1, 80, 80), (1, 80, 80)]
+    for one, two in zip(usual, other, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)

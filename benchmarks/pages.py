@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = [json.loads(file.read_text(encoding="utf-8")) for file in arguments.files]
         all_tables, delivery = tables(runs[0])
         pages = {"benchmark_tables": all_tables, "benchmark_targets": targets.table(runs) + "\n", "delivery_table": delivery}
+        arguments.docs.mkdir(parents=True, exist_ok=True)
         for name, text in pages.items():
             (arguments.docs / f"{name}.md").write_text(text, encoding="utf-8")
         write_json(arguments.saved, growth_of(runs))

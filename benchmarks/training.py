@@ -87,7 +87,7 @@ def language_steps(arm: str, quick: bool) -> dict[str, Callable[[], object]]:
     return calls
 
 
-def language_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
+def language_step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
     with torch.autocast(device().type, torch.bfloat16):
         loss = model(input_ids=ids, labels=ids).loss
     loss.backward()

@@ -123,7 +123,6 @@ def test_the_docs_show_the_targets_and_tables_of_today() -> None:
         "Following",
         "PrototypeRouter",
         "Training step",
-        "Penalty, cost in the number of experts",
         "wrap_moe",
         "Import",
         "ESTIMATE",

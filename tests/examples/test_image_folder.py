@@ -105,7 +105,7 @@ def test_photographs_are_turned_as_their_exif_says(tmp_path):
 def test_files_that_are_no_images_are_left_out(tmp_path):
     paint(tmp_path / "a" / "one.png")
     paint(tmp_path / "loose.png")  # in no class
-    for name in ("notes.txt", "Thumbs.db", "movie.gif"):
+    for name in ("notes.txt", "Thumbs.db", "movie.mp4"):
         (tmp_path / "a" / name).write_text("no image")
     only(tmp_path)
 

@@ -40,18 +40,19 @@ class Options:
     held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack, compare=False, repr=False)
 
 
-RESUMES = "with --resume and without --overwrite, "
+RESUMES = ", with --resume and without --overwrite,"
 
 
-def finish(work: Callable[[], str | None], resumes: str = RESUMES) -> int:
+def finish(work: Callable[[], str | None], resumes: str | None = RESUMES) -> int:
     """Do the work and print its last line, if it has one. 0 done, 1 bad input, a failing disk or too little memory, 130 stopped
-    by Ctrl-C. `resumes`: what the same command needs to go on."""
+    by Ctrl-C. `resumes`: what the same command needs to go on; None: it cannot."""
     try:
         last = work()
     except (ExperimentError, OSError) as error:
         return _end(f"error: {error}", 1)
     except KeyboardInterrupt:
-        return _end(f"stopped; the same command, {resumes}goes on from here", 130)
+        again = "nothing is kept" if resumes is None else f"the same command{resumes} goes on from here"
+        return _end(f"stopped; {again}", 130)
     except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for each allocator
         if not isinstance(error, MemoryError) and not re.search(_NO_MEMORY, str(error)):
             raise

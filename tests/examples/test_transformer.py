@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.transformer_moe import arms, config, data, model, train
 from examples.transformer_moe.__main__ import main
+from examples.transformer_moe.whole import WHOLE
 from spectral_router import find_gates
 from spectral_router.functional import stable_rank
 
@@ -125,7 +126,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(ran: Path, text: Path, tmp
     interrupted([("train", 5), ("adapt", 3)])
     flags = arguments(text, tmp_path, "--arms", arm)
     assert main(flags) == 130
-    assert (tmp_path / "work" / f"{arm}-seed0" / "train" / "checkpoint-3" / train.WHOLE).exists()
+    assert (tmp_path / "work" / f"{arm}-seed0" / "train" / "checkpoint-3" / WHOLE).exists()
     # what a kill in the middle of saving leaves
     half = tmp_path / "work" / f"{arm}-seed0" / "train" / "checkpoint-5"
     half.mkdir()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -51,8 +54,7 @@ def finish(work: Callable[[], str | None], resumes: str | None = RESUMES) -> int
     except (ExperimentError, OSError) as error:
         return _end(f"error: {error}", 1)
     except KeyboardInterrupt:
-        again = "nothing is kept" if resumes is None else f"the same command{resumes} goes on from here"
-        return _end(f"stopped; {again}", 130)
+        return _stopped(resumes)
     except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for each allocator
         if not isinstance(error, MemoryError) and not re.search(_NO_MEMORY, str(error)):
             raise
@@ -66,9 +68,35 @@ def finish(work: Callable[[], str | None], resumes: str | None = RESUMES) -> int
 _NO_MEMORY = "allocate memory|out of memory|not enough memory|calculation overflowed"
 
 
+def _stopped(resumes: str | None) -> int:
+    again = "nothing is kept" if resumes is None else f"the same command{resumes} goes on from here"
+    return _end(f"stopped; {again}", 130)
+
+
 def _end(sentence: str, status: int) -> int:
     print(sentence.replace("\n", " "), file=sys.stderr)
     return status
+
+
+@contextlib.contextmanager
+def importing(resumes: str | None = RESUMES) -> Iterator[None]:
+    """Around slow imports, where nothing is at stake yet: Ctrl-C ends the process there and then. As an exception it could be
+    taken by a library that does without what it was importing."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        status = _stopped(resumes)
+        sys.stderr.flush()
+        os._exit(status)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager
@@ -97,8 +125,9 @@ def example(
     (None where another process writes), what writes tables and what draws."""
 
     def work() -> str | None:
-        config, options = parse(arguments)
-        run, write, draw = parts()
+        with importing():
+            config, options = parse(arguments)
+            run, write, draw = parts()
         with options.held:
             results = run(config, options)
             if results is None:

@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from typing import ClassVar
 
-from examples.shared.command import ExperimentError, Options, add_flags, add_place, finish, flag, parser, settle
+from examples.shared.command import ExperimentError, Options, add_flags, add_place, finish, flag, importing, parser, settle
 
 from .config import FINETUNING, Config
 
@@ -52,8 +52,9 @@ def parse(arguments: list[str] | None = None) -> tuple[Finetuning, Options]:
 
 def main(arguments: list[str] | None = None) -> int:
     def work() -> str | None:
-        config, options = parse(arguments)
-        from . import finetune_study, finetune_summary  # only now: flags and their help need no torch
+        with importing():
+            config, options = parse(arguments)
+            from . import finetune_study, finetune_summary  # only now: flags and their help need no torch
 
         with options.held:
             results = finetune_study.run(config, options)

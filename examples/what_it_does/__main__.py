@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from examples.shared.command import ExperimentError, finish, parser, require
+from examples.shared.command import ExperimentError, finish, importing, parser, require
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,7 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
         given = flags.parse_args(arguments)
         for name in ("seeds", "steps"):
             require(getattr(given, name) >= 1, name, "at least 1", getattr(given, name))
-        from . import picture  # only now: flags and their help need no torch
+        with importing(resumes=None):
+            from . import picture  # only now: flags and their help need no torch
 
         _writable(given.out, picture.FORMATS)
         picture.made(given.out, given.seeds, given.steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from examples.image_classification.config import Config
-from examples.shared.command import ExperimentError, Options, add_flags, add_place, finish, parser, require, settle
+from examples.shared.command import ExperimentError, Options, add_flags, add_place, finish, importing, parser, require, settle
 
 from .arms import ARMS
 
@@ -39,8 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _work(arguments: list[str] | None) -> str:
-    config, options, names, tuning_seeds = parse(arguments)
-    from . import report, run  # only now: flags and their help need no torch
+    with importing():
+        config, options, names, tuning_seeds = parse(arguments)
+        from . import report, run  # only now: flags and their help need no torch
 
     with options.held:
         results = run.run(config, options, names, tuning_seeds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from examples.shared.command import finish, parser, require
+from examples.shared.command import finish, importing, parser, require
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,7 +23,8 @@ def _work(arguments: list[str] | None) -> str:
     given = flags.parse_args(arguments)
     for name in ("seeds", "steps"):
         require(getattr(given, name) >= 1, name, "at least 1", getattr(given, name))
-    from . import study  # only now: flags and their help need no torch
+    with importing():
+        from . import study  # only now: flags and their help need no torch
 
     text = study.study(given.out, given.seeds, given.steps, given.resume)
     return f"{text}\nresults: {given.out / 'results.json'}, {given.out / 'tables.md'}"

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from examples.shared.command import ExperimentError, finish, parser, telling
+from examples.shared.command import ExperimentError, finish, importing, parser, telling
 
 from . import protocol
 
@@ -43,8 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(given: argparse.Namespace) -> str:
     if given.photos is not None and not given.photos.is_dir():
         raise ExperimentError(f"--photos must be a folder with one subfolder of images a class, got {given.photos}")
-    plan = protocol.read(given.protocol)
-    from . import run, saved  # only now: flags and their help need no torch
+    with importing(resumes=""):
+        plan = protocol.read(given.protocol)
+        from . import run, saved  # only now: flags and their help need no torch
 
     places = {"photos": str(given.photos)} if given.photos else {}
     stages = tuple(stage for stage in protocol.STAGES if stage in given.stages)
@@ -55,7 +56,8 @@ def _run(given: argparse.Namespace) -> str:
 
 
 def _page(given: argparse.Namespace) -> str:
-    from . import page, saved
+    with importing(resumes=""):
+        from . import page, saved
 
     results = saved.read(given.results)
     with telling(f"--results must be a file that `run` wrote, got {given.results}"):

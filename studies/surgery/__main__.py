@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from examples.shared.command import finish
+from examples.shared.command import finish, importing
 
 from .config import parse
 
 
 def main(arguments: list[str] | None = None) -> int:
     def work() -> str:
-        config, options = parse(arguments)
-        from . import study  # only now: flags and their help need no torch
+        with importing():
+            config, options = parse(arguments)
+            from . import study  # only now: flags and their help need no torch
 
         with options.held:
             study.run(config, options)

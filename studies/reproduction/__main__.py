@@ -45,7 +45,9 @@ def _run(given: argparse.Namespace) -> str:
         raise ExperimentError(f"--photos must be a folder with one subfolder of images a class, got {given.photos}")
     with importing(resumes=""):
         plan = protocol.read(given.protocol)
-        from . import run, saved  # only now: flags and their help need no torch
+        from studies.queue import records  # only now: flags and their help need no torch
+
+        from . import run, saved
 
     places = {"photos": str(given.photos)} if given.photos else {}
     stages = tuple(stage for stage in protocol.STAGES if stage in given.stages)

@@ -37,7 +37,7 @@ class Run(NamedTuple):
         return ".".join(re.sub(r"[^\w.+-]+", "-", part).strip("-") for part in parts)
 
 
-def read(path: Path = PROTOCOL) -> Protocol:
+def read(path: Path = PROTOCOL, stages: tuple[str, ...] = STAGES) -> Protocol:
     """The protocol, of which all runs can be made: what is wrong with it is said before any of them."""
     try:
         protocol = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -45,30 +45,34 @@ def read(path: Path = PROTOCOL) -> Protocol:
         raise ExperimentError(f"--protocol must be a readable TOML file, got {path}: {error}") from None
     try:
         with telling(f"it must be of the form of {PROTOCOL.name}"):
-            _check(protocol)
+            _check(protocol, stages)
     except ExperimentError as error:
         raise ExperimentError(f"--protocol {path}: {error}") from error
     return protocol
 
 
-def _check(protocol: Protocol) -> None:
+def _check(protocol: Protocol, stages: tuple[str, ...]) -> None:
     """Make every run that needs no other one's results, and read what the later stages need."""
     places = dict.fromkeys(protocol["data"], "there")
-    arms = sweep_arms(protocol)
-    later = {"second": arms, "confirm": {router: {"routers": [router]} for router in protocol["confirm"]["routers"]}}
-    for stage in STAGES:
+    later: dict[str, dict[str, Settings]] = {}
+    if "sweep" in stages:
+        arms = sweep_arms(protocol)
+        later = {"second": arms, "confirm": {router: {"routers": [router]} for router in protocol["confirm"]["routers"]}}
+        require(protocol["sweep"]["center"] in arms, "center", "one of the sweep's arms", protocol["sweep"]["center"])
+        for name in protocol["sweep"]["rules"]:
+            plasticity = rule_of(protocol, name)["plasticity"]
+            require(isinstance(plasticity, int | float), "plasticity", "a number", plasticity)
+    for name in ("accuracy_below", "one_path"):
+        require(isinstance(protocol["failed"][name], int | float), name, "a number", protocol["failed"][name])
+    for stage in stages:
         for one in runs(protocol, stage, places, later.get(stage)):
             require(one.within in ("test", "val"), "within", "test or val", one.within)
             require(one.config.oneshot_steps == 1, "oneshot_steps", "1", one.config.oneshot_steps)
-    for rule in protocol["oneshot"]["rules"]:
+    for rule in protocol.get("oneshot", {}).get("rules", ()):
         for rate in rule["rates"]:
             asked = {"scope": rule["scope"], "oneshot_optimizer": rule["optimizer"], "oneshot_lr": rate}
             check_kinds(Config, asked)
             Config(**asked).validate()
-    needed = [rule_of(protocol, name)["plasticity"] for name in protocol["sweep"]["rules"]]
-    for number in (*needed, *(protocol["failed"][name] for name in ("accuracy_below", "one_path"))):
-        require(isinstance(number, int | float), "plasticity, accuracy_below and one_path", "numbers", number)
-    require(protocol["sweep"]["center"] in arms, "center", "one of the sweep's arms", protocol["sweep"]["center"])
 
 
 def runs(protocol: Protocol, stage: str, places: dict[str, str], arms: dict[str, Settings] | None = None) -> list[Run]:

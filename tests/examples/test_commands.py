@@ -22,9 +22,11 @@ COMMANDS = {
     "studies.cnn_experts",
     "studies.comparison",
     "studies.decoupled",
+    "studies.learning_rates",
     "studies.regularizers",
     "studies.reproduction",
     "studies.surgery",
+    "studies.trainability",
 }
 HEAVY = {"torch", "numpy", "transformers", "matplotlib", "PIL", "rich", "scipy", "accelerate", "spectral_router"}
 

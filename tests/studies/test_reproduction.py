@@ -270,7 +270,7 @@ def test_bad_input_gets_a_sentence(tiny, tmp_path, capsys):
         ("rates = [1e-2]", 'rates = ["fast"]', "--oneshot-lr must be a number, got fast"),
         ('rules = ["first"]', 'rules = ["third"]', r"it must be of the form of study.toml \(StopIteration"),
         ('center = "spectral"', 'center = "clustering"', "--center must be one of the sweep's arms, got clustering"),
-        ("plasticity = 0.001", 'plasticity = "some"', "--plasticity, accuracy-below and one-path must be numbers, got some"),
+        ("plasticity = 0.001", 'plasticity = "some"', "--plasticity must be a number, got some"),
         ("anchor = 4", "anchor = 4\noneshot_steps = 2", "--oneshot-steps must be 1, got 2"),
         ('routers = ["baseline", "spectral"]', "routers = 3", "it must be of the form of study.toml"),
     ],

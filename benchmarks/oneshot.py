@@ -18,7 +18,8 @@ from examples.image_classification.config import Config
 from examples.image_classification.data import ImageSet, Split, load, split
 from examples.image_classification.oneshot import Record, adapt
 from examples.image_classification.train import Trained, build
-from studies.oneshot.stacked import Rule, adapt_stacked
+from studies.oneshot.rule import Rule
+from studies.oneshot.stacked import adapt_stacked
 
 from ._harness import Report, device, interleave, parser, progress, publish, show_ms, show_ratio
 

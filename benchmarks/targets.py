@@ -97,7 +97,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_argument("files", nargs="+", type=Path, metavar="FILE", help="written by python -m benchmarks --json")
     flags.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table there")
     arguments = flags.parse_args(argv)
-    found = table([json.loads(file.read_text(encoding="utf-8")) for file in arguments.files])
+    runs = []
+    for file in arguments.files:
+        try:
+            runs.append(json.loads(file.read_text(encoding="utf-8")))
+            table(runs[-1:])
+        except (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            flags.error(f"files must be what `python -m benchmarks --json` wrote of all benchmarks, got {file} ({reason})")
+    found = table(runs)
     print(found)
     if arguments.markdown:
         arguments.markdown.write_text(found + "\n", encoding="utf-8")

@@ -9,7 +9,13 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+
+def check_tensor(value: object, name: str) -> None:
+    """A clear error for a numpy array, a list, a module."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; make one of it with torch.as_tensor")
 
 
 def check_top_k(top_k: int, num_experts: int | None = None) -> None:

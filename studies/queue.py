@@ -6,7 +6,6 @@ A run that is done is a file in OUT/parts. Claims end with their process, howeve
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any, Protocol, TypeVar
 from rich.progress import Progress
 
 from examples.shared.command import ExperimentError
-from examples.shared.storage import read_json, write_json
+from examples.shared.runs import others, versions
+from examples.shared.storage import locked, read_json, write_json
 
 WAIT = 3.0  # seconds between looks at what other processes have still to finish
 Record = dict[str, Any]
@@ -59,7 +59,16 @@ def file_of(out: Path, one: Named) -> Path:
     return out / "parts" / f"{one.name}.json"
 
 
-def same(file: Path, value: Any, rule: str) -> None:
+def begin(out: Path, protocol: dict[str, Any]) -> None:
+    """Make sure that the folder is this protocol's, and say if part of its runs was made with other versions."""
+    if (out / "parts").exists() and not (out / "protocol.json").exists():
+        raise ExperimentError(f"--out must be a folder of this study or a new one, got {out}, whose parts are of another")
+    same(out / "protocol.json", protocol, "--out must be of one protocol")
+    made_with = [record["versions"] for record in records(out) if "versions" in record]
+    others([one for index, one in enumerate(made_with) if one not in made_with[:index]], versions())
+
+
+def same(file: Path, value: dict[str, Any], rule: str) -> None:
     """Keep `value` in the file, or make sure that it is what the file has."""
     if not file.exists():
         write_json(file, value)
@@ -76,16 +85,4 @@ def claim(out: Path, one: Named) -> Iterator[bool]:
     lock = out / "locks" / one.name
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as handle:
-        yield _lock(handle.fileno()) and not file_of(out, one).exists()
-
-
-def _lock(descriptor: int) -> bool:
-    if os.name != "posix":  # without locks one process works alone
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        yield locked(handle.fileno()) and not file_of(out, one).exists()

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import spectral_router
-from examples import what_it_does
+from examples.what_it_does import picture
+from examples.what_it_does.__main__ import main as draw_picture
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -96,9 +97,9 @@ def test_every_public_name_is_in_the_api() -> None:
 
 def test_the_picture_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "pictures" / "what_it_does.png"
-    what_it_does.main(["--out", str(out), "--seeds", "1", "--steps", "2"])
+    assert draw_picture(["--out", str(out), "--seeds", "1", "--steps", "2"]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out.count("stable rank") == len(what_it_does.ARMS)
-    curves = [what_it_does.train(0, 30, options) for options, _ in what_it_does.ARMS.values()]
+    assert capsys.readouterr().out.count("stable rank") == len(picture.ARMS)
+    curves = [picture.train(0, 30, options) for options, _ in picture.ARMS.values()]
     assert len({curve.rank[0].item() for curve in curves}) == 1, "the versions of a seed start equal"
     assert curves[0].rank[-1] < curves[1].rank[-1], "the penalty raises the stable rank"

@@ -22,17 +22,26 @@ import pytest
 import yaml
 
 import spectral_router
+from hatch_build import absolute
 
 ROOT = Path(__file__).parents[1]
+REPOSITORY = "https://example.org/us/spectral-router"
 VERSION = spectral_router.__version__
 NAME = f"spectral_router-{VERSION}"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 FOLDERS = ("benchmarks", "docs", "examples", "spectral_router", "studies", "tests", ".ci", ".github")
-PAGES = ("CITATION.cff", "LICENSE", "mkdocs.yml", "pyproject.toml", *(path.name for path in ROOT.glob("*.md")))
+PAGES = (
+    "CITATION.cff",
+    "LICENSE",
+    "hatch_build.py",
+    "mkdocs.yml",
+    "pyproject.toml",
+    *(path.name for path in ROOT.glob("*.md")),
+)
 
 
-def run(*command: object, cwd: Path) -> str:
-    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+def run(*command: object, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -48,9 +57,10 @@ class Release(NamedTuple):
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
-    """The sdist of this checkout, and the wheel that is built from it alone."""
+    """The sdist of this checkout, and the wheel that is built from it alone, as the release workflow builds them."""
     folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
+    addresses = {"REPO_URL": REPOSITORY, "SITE_URL": "https://docs.example.org/"}
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder, **addresses)
     built = Release(folder / f"{NAME}-py3-none-any.whl", folder / f"{NAME}.tar.gz")
     assert set(folder.iterdir()) == set(built), "one version, that of the package, for any Python and any system"
     return built
@@ -100,9 +110,58 @@ def test_metadata(release: Release) -> None:
     run(sys.executable, "-m", "twine", "--no-color", "check", "--strict", *release, cwd=ROOT)
     metadata = release.metadata()
     assert metadata["Version"] == VERSION
-    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["Requires-Python"] == ">=3.11"
     needed = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert {re.split("[^a-z]", line)[0] for line in needed} == {"torch", "einops"}
+
+
+@pytest.mark.slow
+def test_links_work_on_the_page_of_the_index(release: Release) -> None:
+    metadata = release.metadata()
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    page = metadata.get_payload()
+    assert "<!-- --8<--" not in page
+    assert "pip install" in page
+    targets = re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", page)
+    assert all(target.startswith("https://") for _, target in targets)
+    ours = [(picture, target.removeprefix(f"{REPOSITORY}/")) for picture, target in targets if REPOSITORY in target]
+    assert len(ours) > 5
+    for picture, target in ours:
+        kind, tag, path = target.split("/", 2)
+        assert (kind, tag) == ("raw" if picture else "blob", f"v{VERSION}")
+        assert (ROOT / path.partition("#")[0]).exists(), path
+    addresses = dict(line.split(", ") for line in metadata.get_all("Project-URL", []))
+    assert addresses["Repository"] == REPOSITORY
+    assert addresses["Documentation"] == "https://docs.example.org"
+    assert addresses["Changelog"].startswith(REPOSITORY)
+
+
+def test_without_an_address_no_link_leads_nowhere() -> None:
+    readme = absolute((ROOT / "README.md").read_text(encoding="utf-8"), "", "v1")
+    assert all(target.startswith("https://") for target in re.findall(r"\]\(([^)]+)\)", readme))
+    text = "![a picture](docs/a.png) [a page](docs/a.md#b), [elsewhere](https://a.b/c), [mail](mailto:a@b.c)"
+    assert absolute(text, "", "v1") == " a page, [elsewhere](https://a.b/c), [mail](mailto:a@b.c)"
+    with_address = absolute(text, "https://a.b", "v1")
+    assert with_address.startswith("![a picture](https://a.b/raw/v1/docs/a.png) [a page](https://a.b/blob/v1/docs/a.md#b), [e")
+
+
+@pytest.mark.slow
+def test_extras_say_what_they_are_for(release: Release) -> None:
+    """What the wheel can use is few; the others need the checkout, and the file that names them says so."""
+    comment = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("# The wheel holds the package alone.")[2]
+    comment = comment.partition("[project.optional-dependencies]")[0].replace("\n#", "")
+    wheel, checkout = (set(re.findall(r"\b(\w+)(?=,| and|\.)", part)) for part in comment.split("The others"))
+    extras = set(release.metadata().get_all("Provides-Extra", []))
+    assert extras & wheel == {"report", "gguf"}
+    assert extras - wheel <= checkout
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_actions_are_pinned_to_a_commit(workflow: Path) -> None:
+    used = re.findall(r"uses: (.+)", workflow.read_text(encoding="utf-8"))
+    assert used
+    loose = [line for line in used if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+(\.\d+)+", line)]
+    assert [line for line in loose if not line.startswith("./")] == []
 
 
 def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from examples.shared.command import example
+from examples.shared.command import Parts, example
 
-from . import experiment, figures, report
 from .config import parse
 
 
+def _parts() -> Parts:
+    from . import experiment, figures, report
+
+    return experiment.run, report.write, figures.draw
+
+
 def main(arguments: list[str] | None = None) -> int:
-    return example(arguments, parse, experiment.run, report.write, figures.draw)
+    return example(arguments, parse, _parts)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from examples.shared.command import ExperimentError, Options, add_flags, add_place, flag, parser, require, settle
-from spectral_router.functional import spectral_rank_penalty
 
 from .terms import BALANCES, CONTROLLERS, INPLACE, PENALTIES
+
+if TYPE_CHECKING:
+    import torch
+
+# images lie in memory as they are
+LARGEST_IMAGE = 1024
 
 
 class RouterSpec(NamedTuple):
@@ -104,9 +107,9 @@ class Config:
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         require(self.batch_size >= 2, "batch_size", "at least 2 (batch norm needs two images)", self.batch_size)
         require(self.anchor >= 0, "anchor", "at least 0", self.anchor)
-        for name in ("image_size", "samples_per_class"):
-            value = getattr(self, name)
-            require(value is None or value >= 8, name, "at least 8", value)
+        self.check_image_size()
+        samples = self.samples_per_class
+        require(samples is None or samples >= 8, "samples_per_class", "at least 8", samples)
         for name in ("lr", "oneshot_lr", "bias_rate"):
             value = getattr(self, name)
             require(0 < value < float("inf"), name, "a finite number above 0", value)
@@ -132,13 +135,29 @@ class Config:
             require(not isinstance(self.sigma_target, str), "sigma_target", "a number for --penalty project", self.sigma_target)
         if not isinstance(self.temperature, str):
             require(0 < self.temperature < float("inf"), "temperature", 'a finite number above 0, or "auto"', self.temperature)
+        self._check_targets()
+
+    def check_image_size(self) -> None:
+        side = self.image_size
+        require(side is None or side >= 8, "image_size", "at least 8", side)
+        require(side is None or side <= LARGEST_IMAGE, "image_size", f"at most {LARGEST_IMAGE}", side)
+
+    def _check_targets(self) -> None:
+        import torch
+
+        from spectral_router.functional import spectral_rank_penalty
+
         try:
             sigma_target = 1.0 if isinstance(self.sigma_target, str) else self.sigma_target
-            spectral_rank_penalty(torch.zeros(self.experts, self.dim), sigma_target, self.rank_target, relative=self.relative)
+            with torch.device("meta"):  # the rules ask for a shape, which may be a huge one
+                gate = torch.empty(self.experts, self.dim)
+            spectral_rank_penalty(gate, sigma_target, self.rank_target, relative=self.relative)
         except ValueError as error:
             raise ExperimentError(f"{error} (--sigma-target, --rank-target, --experts, --dim)") from None
 
     def resolved_device(self) -> torch.device:
+        import torch
+
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:

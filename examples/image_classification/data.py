@@ -24,7 +24,10 @@ from .config import Config
 
 # Four digits that are easily taken for each other: at this size ten would need more experts than the paper has.
 MNIST_CLASSES = ("3", "5", "8", "9")
-SUFFIXES = {".jpg", ".jpeg", ".png"}
+# read, where Pillow has the library for it
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
+# not read, and counted among the unreadable, so that a folder is not used without them and nothing said
+OTHERS = {".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"}
 MAX_UNREADABLE = 0.01
 # the fewest images that 70/15/15 splits into three parts with at least one image each
 MIN_TO_SPLIT = 8
@@ -150,16 +153,18 @@ def _folder(root: Path, size: int) -> ImageSet:
         (path, label)
         for label, name in enumerate(classes)
         for path in sorted((root / name).rglob("*"))
-        if path.suffix.lower() in SUFFIXES
+        if path.suffix.lower() in SUFFIXES | OTHERS
     ]
     if not files:
-        raise ExperimentError(f"{root} must hold one subfolder of JPEG or PNG images for each class, got no image in it")
+        raise ExperimentError(
+            f"{root} must hold one subfolder of images for each class ({', '.join(sorted(SUFFIXES))}), got no image in it"
+        )
 
     def read(item: tuple[Path, int]) -> np.ndarray[Any, Any] | None:
         try:
             with Image.open(item[0]) as image:
                 return np.asarray(ImageOps.fit(_rgb(ImageOps.exif_transpose(image)), (size, size)))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises for broken files
+        except Exception:  # what Pillow raises for broken files depends on the format
             return None
 
     with ThreadPoolExecutor() as pool:
@@ -168,7 +173,7 @@ def _folder(root: Path, size: int) -> ImageSet:
     if len(unreadable) > MAX_UNREADABLE * len(files):
         raise ExperimentError(
             f"at most {MAX_UNREADABLE:.0%} of the images may be unreadable, got {len(unreadable)} of {len(files)}, "
-            f"the first {unreadable[0]}; mend or remove them"
+            f"the first {unreadable[0]}; mend them, save them as JPEG or PNG, or remove them"
         )
     kept = [(image, label) for image, (_, label) in zip(pixels, files, strict=True) if image is not None]
     images = torch.from_numpy(np.stack([image for image, _ in kept]))
@@ -177,10 +182,15 @@ def _folder(root: Path, size: int) -> ImageSet:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    """In three channels of 8 bits; what is transparent, on white."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no range that would say what is black and what is white")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip instead of scale
         return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8)).convert("RGB")
-    # through RGBA, as Pillow asks for palettes with transparency
-    return image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    seen = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
 
 
 def _keep_classes(loaded: ImageSet, wanted: Iterable[str]) -> ImageSet:

@@ -34,10 +34,14 @@ def predict(model: SRMoE, images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(logits), torch.cat(weights)
 
 
+def right(logits: Tensor, labels: Tensor) -> Tensor:
+    """(*, classes), (*) -> (*). Logits that are NaN or infinite are never right, whatever argmax makes of them."""
+    return (logits.argmax(-1) == labels) & logits.isfinite().all(-1)
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Percent, from an exact count. Logits that are NaN or infinite are never right, whatever argmax makes of them."""
-    right = (logits.argmax(-1) == labels) & logits.isfinite().all(-1)
-    return 100 * int(right.sum()) / len(labels)
+    """Percent, from an exact count."""
+    return 100 * int(right(logits, labels).sum()) / len(labels)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from rich.progress import Progress, TaskID
 
 from examples.shared.command import Options
+from examples.shared.machine import check_compiler, check_memory
 from examples.shared.progress import bars, console
 from examples.shared.runs import interval, prepare, versions
 from examples.shared.storage import read_json, write_json
@@ -18,17 +19,23 @@ from . import oneshot, routing
 from .config import Config
 from .data import ImageSet, Split, digest, load, split
 from .evaluate import accuracy, predict, spectra
+from .model import SRMoE
 from .train import Trained, train
 
 
 def run(config: Config, options: Options) -> dict[str, Any]:
     """Run the experiment, or what is left of it, and return what is written to results.json."""
     device = config.resolved_device()
+    if config.compile:
+        check_compiler(device)
     data = read(config)
     splits = [split(data.labels, data.classes, config, seed) for seed in range(config.seeds)]
+    with torch.device("meta"):
+        largest = SRMoE(config, config.routers[0], data.images.shape[1], len(data.classes))
+    check_memory(largest, device, "--dim, --hidden, --experts or --layers")
     # only now, when nothing is left that could be wrong with the input
     fingerprint = digest(data)
-    prepare(dataclasses.asdict(config) | {"device": str(device), "digest": fingerprint}, options)
+    earlier = prepare(dataclasses.asdict(config) | {"device": str(device), "digest": fingerprint}, options)
     data = move(data, device)
     parts: dict[str, list[dict[str, Any]]] = {router: [] for router in config.routers}
     with bars() as progress:
@@ -42,6 +49,7 @@ def run(config: Config, options: Options) -> dict[str, Any]:
         "config": dataclasses.asdict(config),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": versions(),
+        "earlier_versions": earlier,
         "seeds": list(range(config.seeds)),
         "data": {
             "classes": data.classes,

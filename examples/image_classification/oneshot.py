@@ -25,7 +25,7 @@ from spectral_router import ExpertPath, surgical
 
 from .config import Config
 from .data import ImageSet, Split, as_float, to_layout
-from .evaluate import accuracy, predict
+from .evaluate import accuracy, predict, right
 from .model import SRMoE, mixed_precision
 from .objective import Objective
 from .train import Trained
@@ -110,7 +110,7 @@ def _path(model: SRMoE, images: Tensor) -> AbstractContextManager[ExpertPath]:
 def _novel(model: SRMoE, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of the novel image, and whether it is classified rightly."""
     logits, _ = predict(model, images[:1])
-    return F.cross_entropy(logits, labels[:1]), logits.argmax(-1)[0] == labels[0]
+    return F.cross_entropy(logits, labels[:1]), right(logits, labels[:1])[0]
 
 
 class _Norms:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -107,4 +108,5 @@ def _row(results: dict[str, Any], label: str, name: str, form: str) -> tuple[str
 
 
 def _class_path(entry: dict[str, Any]) -> str:
-    return f"{entry['path']} ({entry['share']:.0%})"
+    share = entry["share"]
+    return entry["path"] if share is None or math.isnan(share) else f"{entry['path']} ({share:.0%})"

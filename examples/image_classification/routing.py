@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def measure(probs: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]
         name: {"path": names[int(row.argmax())], "share": float(row.max() / row.sum())}
         for name, row in zip(classes, counts, strict=True)
     }
-    return {
+    found = {
         "paths_used": len(names),
         "paths_used_1pct": int((share >= 0.01).sum()),
         "top_path_share": float(share.max()),
@@ -53,6 +54,12 @@ def measure(probs: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]
         # per layer, divided by log K: 1 is an even mixture of all experts, 0 a hard choice
         "entropy": (entropy / torch.tensor(max(experts, 2)).double().log()).tolist(),
     }
+    if probs.isfinite().all():
+        return found
+    # where a router gives no numbers, argmax takes its first expert for every image: no path, and no share of one, is told
+    nowhere = {name: {"path": "none", "share": math.nan} for name in classes}
+    numbers = (name for name, value in found.items() if not isinstance(value, list | dict))
+    return found | dict.fromkeys(numbers, math.nan) | {"class_paths": nowhere}
 
 
 def _joint(labels: Tensor, groups: Tensor, rows: int, columns: int) -> Tensor:

@@ -7,64 +7,53 @@ after an epoch. A balance loss reads probabilities or logits; a controller sits 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:  # the names below are those of flags, whose help is not to wait for torch
+    import torch
+    from torch import Tensor, nn
 
-from spectral_router import (
-    HypersphericalEnergyPenalty,
-    ImportanceConstraint,
-    ImportanceKLLoss,
-    LoadBalanceLoss,
-    LossFreeBias,
-    MutualInformationLoss,
-    OrthogonalityPenalty,
-    RouterZLoss,
-    SpectralNormPenalty,
-    SpectralRankPenalty,
-    SwitchLoss,
-    project_spectral_,
-    rescue_collapsed_,
-)
+    from spectral_router import ImportanceConstraint, LossFreeBias
 
-if TYPE_CHECKING:
     from .config import Config
 
 
+def _made(name: str, *arguments: Any, **options: Any) -> Any:
+    """One of the library's modules."""
+    import spectral_router
+
+    return getattr(spectral_router, name)(*arguments, **options)
+
+
 def _rank(config: Config) -> nn.Module:
-    return SpectralRankPenalty(
-        config.sigma_target,  # type: ignore[arg-type]  # Config.validate has seen to it
-        config.rank_target,
-        relative=config.relative,
-    )
+    return _made("SpectralRankPenalty", config.sigma_target, config.rank_target, relative=config.relative)
 
 
 PENALTIES: dict[str, Callable[[Config], nn.Module]] = {
     "rank": _rank,  # SR-MoE, equations 3 + 5
-    "norm": lambda config: SpectralNormPenalty(),  # Yoshida & Miyato 2017
-    "sigma": lambda config: SpectralNormPenalty(1, solver="exact"),  # equation 3 alone
-    "lewandowski": lambda config: SpectralNormPenalty(1, power=2),
-    "mhe": lambda config: HypersphericalEnergyPenalty(),
-    "mhe-half": lambda config: HypersphericalEnergyPenalty(half_space=True),
-    "comhe": lambda config: HypersphericalEnergyPenalty(half_space=True, projection="random"),
-    "so": lambda config: OrthogonalityPenalty("so"),
-    "simbal": lambda config: OrthogonalityPenalty("simbal"),
-    "ernie": lambda config: OrthogonalityPenalty("ernie"),
+    "norm": lambda config: _made("SpectralNormPenalty"),  # Yoshida & Miyato 2017
+    "sigma": lambda config: _made("SpectralNormPenalty", 1, solver="exact"),  # equation 3 alone
+    "lewandowski": lambda config: _made("SpectralNormPenalty", 1, power=2),
+    "mhe": lambda config: _made("HypersphericalEnergyPenalty"),
+    "mhe-half": lambda config: _made("HypersphericalEnergyPenalty", half_space=True),
+    "comhe": lambda config: _made("HypersphericalEnergyPenalty", half_space=True, projection="random"),
+    "so": lambda config: _made("OrthogonalityPenalty", "so"),
+    "simbal": lambda config: _made("OrthogonalityPenalty", "simbal"),
+    "ernie": lambda config: _made("OrthogonalityPenalty", "ernie"),
 }
 INPLACE = ("project", "rescue")
 
-BALANCES: dict[str, Callable[[], nn.Module]] = {
-    "cv2": LoadBalanceLoss,  # equation 6
-    "kl": ImportanceKLLoss,
-    "mi": MutualInformationLoss,
-    "switch": SwitchLoss,
-    "z": RouterZLoss,
+BALANCES = {
+    "cv2": "LoadBalanceLoss",  # equation 6
+    "kl": "ImportanceKLLoss",
+    "mi": "MutualInformationLoss",
+    "switch": "SwitchLoss",
+    "z": "RouterZLoss",
 }
 CONTROLLERS: dict[str, Callable[[Config], ImportanceConstraint | LossFreeBias]] = {
-    "relative": lambda config: ImportanceConstraint(config.experts, config.bound, kind="relative"),
-    "mean": lambda config: ImportanceConstraint(config.experts, config.bound, kind="mean"),
-    "bias": lambda config: LossFreeBias(config.experts, config.bias_rate),
+    "relative": lambda config: _made("ImportanceConstraint", config.experts, config.bound, kind="relative"),
+    "mean": lambda config: _made("ImportanceConstraint", config.experts, config.bound, kind="mean"),
+    "bias": lambda config: _made("LossFreeBias", config.experts, config.bias_rate),
 }
 
 
@@ -73,7 +62,7 @@ def penalty(config: Config) -> nn.Module:
 
 
 def balance(config: Config) -> nn.Module:
-    return BALANCES.get(config.balance, LoadBalanceLoss)()
+    return _made(BALANCES.get(config.balance, "LoadBalanceLoss"))
 
 
 def controller(config: Config, used: bool) -> ImportanceConstraint | LossFreeBias | None:
@@ -83,6 +72,8 @@ def controller(config: Config, used: bool) -> ImportanceConstraint | LossFreeBia
 
 def after_step(config: Config, weights: list[Tensor]) -> None:
     if config.penalty == "project":
+        from spectral_router import project_spectral_
+
         project_spectral_(weights, float(config.sigma_target))
 
 
@@ -90,6 +81,10 @@ def after_epoch(config: Config, weights: list[Tensor], routed: Tensor, optimizer
     """`routed` (n, L, K): the experts' weights on the validation images; how many prototypes were planted anew."""
     if config.penalty != "rescue":
         return 0
+    import torch
+
+    from spectral_router import rescue_collapsed_
+
     shares = routed.mean(0)
     rescued = [
         rescue_collapsed_(weight, share=share, optimizer=optimizer) for weight, share in zip(weights, shares, strict=True)

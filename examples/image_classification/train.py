@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from examples.shared.storage import load_checkpoint, save_checkpoint
+from examples.shared.storage import going_on, load_checkpoint, save_checkpoint
 from spectral_router import gate_param_groups
 
 from .config import Config
 from .data import ImageSet, Split, as_float, augment, to_layout
-from .evaluate import accuracy, predict, spectra
+from .evaluate import accuracy, predict, right, spectra
 from .model import SRMoE, mixed_precision
 from .objective import Objective, Terms
 
@@ -57,10 +57,11 @@ def train(
     history: list[dict[str, Any]] = []
     if checkpoint.exists():
         state = load_checkpoint(checkpoint, device)
-        model.load_state_dict(state["model"])
-        restore_buffers(objective, state["objective"])
-        optimizer.load_state_dict(state["optimizer"])
-        history = state["history"]
+        with going_on(checkpoint):
+            model.load_state_dict(state["model"])
+            restore_buffers(objective, state["objective"])
+            optimizer.load_state_dict(state["optimizer"])
+            history = state["history"]
         for row in history:
             on_epoch(row)
     elif config.prototypes == "data":
@@ -98,7 +99,7 @@ def restore_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
 
 def forward(model: SRMoE, objective: Objective, images: Tensor, labels: Tensor) -> tuple[Terms, Tensor]:
     logits, routed = model(images)
-    return objective(model, logits, routed, labels), (logits.argmax(-1) == labels).sum()
+    return objective(model, logits, routed, labels), right(logits, labels).sum()
 
 
 def compiled(device: torch.device) -> Step:
@@ -130,8 +131,8 @@ def _train_epoch(
         images = to_layout(as_float(augment(data.images[batch], data.augment, generator)))
         sums += train_step(step, model, objective, optimizer, images, data.labels[batch])
     # the epoch's only wait for the device; all batches have one size
-    loss, task, penalty, balance, right = (sums / len(batches)).tolist()
-    return {"loss": loss, "task": task, "penalty": penalty, "balance": balance, "train_accuracy": 100 * right}
+    loss, task, penalty, balance, correct = (sums / len(batches)).tolist()
+    return {"loss": loss, "task": task, "penalty": penalty, "balance": balance, "train_accuracy": 100 * correct}
 
 
 def train_step(

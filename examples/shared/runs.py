@@ -6,46 +6,95 @@ import math
 import platform
 import shutil
 from importlib.metadata import version
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from spectral_router import __version__
 
 from .command import ExperimentError, Options
-from .storage import read_json, write_json
+from .progress import console
+from .storage import alone, read_json, write_json
 
-FOLDERS = ("parts", "models", "figures", "tuning", "work", "logs")
-FILES = ("results.json", "tables.md", "config.json", "step_time.json")
+# all that runs leave in --out
+NAMES = ("parts", "models", "figures", "tuning", "work", "logs", "results.json", "tables.md", "step_time.json", "config.json")
+MANIFEST = "config.json"
 
 
-def prepare(settings: dict[str, Any], options: Options, what: str = "images", source: str = "data") -> None:
-    """Make the output folder, or make sure that the run in it is the one to continue.
+def prepare(settings: dict[str, Any], options: Options, what: str = "images", source: str = "data") -> list[dict[str, str]]:
+    """Make the output folder, or make sure that the run in it is the one to continue. Gives the versions that it was begun
+    with and continued under, where they are others than now.
 
     `settings` holds all that the run depends on, by the names of the flags; `digest` among them is a fingerprint of the data,
-    which `what` calls by its name and the setting `source` says the place of.
+    which `what` calls by its name and the setting `source` says the place of. No other process works on the folder until
+    `options.held` is closed.
     """
-    file = options.out / "config.json"
-    if options.overwrite:
-        for name in FOLDERS:
-            shutil.rmtree(options.out / name, ignore_errors=True)
-        for name in FILES:
-            (options.out / name).unlink(missing_ok=True)
-    if not file.exists() and not (options.out / "parts").exists():
-        write_json(file, settings)
-        return
+    options.held.enter_context(alone(options.out))
+    file, now = options.out / MANIFEST, versions()
+    before = manifest(options.out)
+    if options.overwrite and before is not None:
+        delete(options.out, before["holds"])
+        before = None
+    if before is None:
+        if found := [name for name in NAMES if (options.out / name).exists()]:
+            raise ExperimentError(
+                f"{options.out} holds {', '.join(found)}, which a run would write, and no {MANIFEST} says that a run of ours "
+                "made it; choose another --out"
+            )
+        write_json(file, {"settings": settings, "holds": NAMES, "versions": [now]})
+        return []
     if not options.resume:
         raise ExperimentError(f"{options.out} already holds a run; pass --resume, --overwrite, or another --out")
-    before = read_json(file)
+    _compare(settings, before["settings"], options.out, what, source)
+    earlier = others(before["versions"], now)
+    if earlier == before["versions"]:
+        write_json(file, before | {"versions": [*earlier, now]})
+    return earlier
+
+
+def manifest(out: Path) -> dict[str, Any] | None:
+    """What a run of ours wrote of itself into its folder; None where nothing is."""
+    file = out / MANIFEST
+    if not file.exists():
+        return None
+    try:
+        return read_json(file)
+    except ExperimentError as error:
+        raise ExperimentError(
+            f"{str(error).partition(';')[0]}; without it nothing in {out} is touched: choose another --out"
+        ) from None
+
+
+def delete(out: Path, names: list[str]) -> None:
+    """The manifest last: a deletion that is cut short can be done again."""
+    for path in sorted((out / name for name in names), key=lambda path: path.name == MANIFEST):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _compare(settings: dict[str, Any], before: dict[str, Any], out: Path, what: str, source: str) -> None:
     changed = [name for name in settings if settings[name] != before.get(name)]
     if changed == ["digest"]:
         raise ExperimentError(
-            f"--resume needs the {what} that the run in {options.out} began with, got other {what} from {settings[source]}; "
+            f"--resume needs the {what} that the run in {out} began with, got other {what} from {settings[source]}; "
             "bring the first back, or begin anew with --overwrite"
         )
     if changed:
         names = [name for name in changed if name != "digest"]
         flags = ", ".join(f"--{name.replace('_', '-')} was {before.get(name)}, is {settings[name]}" for name in names)
-        raise ExperimentError(f"--resume needs the settings that the run in {options.out} began with: {flags}")
+        raise ExperimentError(f"--resume needs the settings that the run in {out} began with: {flags}")
+
+
+def others(before: list[dict[str, str]], now: dict[str, str]) -> list[dict[str, str]]:
+    """Those of the versions that a resumed run was made with before which are not those of now; each is told."""
+    earlier = [one for one in before if one != now]
+    for one in earlier:
+        changed = ", ".join(f"{name} {value}, now {now.get(name)}" for name, value in one.items() if now.get(name) != value)
+        text = f"part of this run was made with {changed}; its numbers may differ from those of an unbroken run"
+        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    return earlier
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import ClassVar
 
-import torch
-
 from examples.shared.command import Options, add_flags, add_place, flag, parser, require, settle
 
 ARCHITECTURES = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss")
@@ -117,7 +115,7 @@ class Config:
             require(installed, "report_to", f"installed (`pip install {name}`)", name)
         alone = "none" not in self.report_to or len(self.report_to) == 1
         require(alone, "report_to", "none, or reporters", " ".join(self.report_to))
-        require(self.device != "cuda" or torch.cuda.is_available(), "device", "one that PyTorch can use here", self.device)
+        require(self.device != "cuda" or _cuda(), "device", "one that PyTorch can use here", self.device)
         ranks = processes()
         require(self.batch_size % ranks == 0, "batch_size", f"a multiple of the number of processes, {ranks}", self.batch_size)
         whole = not self.fsdp or self.adapt_scope == "all"  # Trainer shards when it begins, and the path is of parameters
@@ -125,7 +123,13 @@ class Config:
         require(not self.fsdp or ranks > 1, "fsdp", "used with several processes (torchrun, accelerate launch)", "one process")
 
     def resolved_device(self) -> str:
-        return self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        return self.device if self.device != "auto" else "cuda" if _cuda() else "cpu"
+
+
+def _cuda() -> bool:
+    import torch  # not before it is needed: flags and their help do without
+
+    return torch.cuda.is_available()
 
 
 def processes() -> int:

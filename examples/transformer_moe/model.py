@@ -106,10 +106,10 @@ def quiet() -> None:
 
 @contextlib.contextmanager
 def _loading(name: Path | str) -> Iterator[None]:
-    """Errors of `from_pretrained` as one sentence."""
+    """Errors of `from_pretrained` as one sentence; a damaged folder can raise anything."""
     quiet()
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ExperimentError(f"--model cannot read {name}: {reason}") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from examples.shared.storage import going_on, read_json, write_json
 from spectral_router import ExpertPath, Gate, surgical
 
 from .config import Config
@@ -30,12 +31,12 @@ def adapting(config: Config, target: Any, gates: Sequence[Gate], rows: Tensor, f
     if config.adapt_scope == "experts":
         surgery = surgical(target, path={gate.name: range(gate.num_experts) for gate in gates})
     elif file.exists():
-        surgery = surgical(target, path=file)
+        with going_on(file):
+            surgery = surgical(target, path=read_json(file)["path"])
     else:
         batches = [{"input_ids": batch, "use_cache": False} for batch in rows[:SAMPLE].split(config.batch_size)]
         surgery = surgical(target, batches, share=config.adapt_share)
         if writes():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            surgery.path.save(file)
+            write_json(file, {"path": {layer.gate: layer.experts for layer in surgery.path.layers}})
     with surgery as path:
         yield path

@@ -12,7 +12,8 @@ import torch
 from accelerate import PartialState  # type: ignore[import-untyped,unused-ignore]
 from rich.progress import Progress
 
-from examples.shared.command import Options
+from examples.shared.command import Options, telling
+from examples.shared.machine import check_memory
 from examples.shared.progress import bars, console
 from examples.shared.runs import prepare, versions
 from examples.shared.storage import read_json, write_json
@@ -32,9 +33,12 @@ def run(config: Config, options: Options) -> dict[str, Any] | None:
     state = PartialState(cpu=config.resolved_device() == "cpu")
     tokenizer = model.tokenizer(config)
     text = data.load(config, tokenizer)
+    check(config)
     settings = dataclasses.asdict(config) | {"device": config.resolved_device(), "digest": text.digest}
+    earlier: list[dict[str, str]] = []
     if state.is_main_process:
-        prepare({name: value for name, value in settings.items() if name not in FREE}, options, "text", "dataset")
+        kept = {name: value for name, value in settings.items() if name not in FREE}
+        earlier = prepare(kept, options, "text", "dataset")
     state.wait_for_everyone()
     parts: dict[str, list[dict[str, Any]]] = {arm: [] for arm in config.arms}
     with bars() as progress:
@@ -52,6 +56,7 @@ def run(config: Config, options: Options) -> dict[str, Any] | None:
         "device": torch.cuda.get_device_name() if config.resolved_device() == "cuda" else "cpu",
         "processes": processes(),
         "versions": versions("transformers", "accelerate"),
+        "earlier_versions": earlier,
         "seeds": list(range(config.seeds)),
         "data": {
             "domains": text.domains,
@@ -71,6 +76,15 @@ def run(config: Config, options: Options) -> dict[str, Any] | None:
     }
     write_json(options.out / "results.json", results)
     return results
+
+
+def check(config: Config) -> None:
+    """Whether the new model is one that can be made and trained here."""
+    if config.model is None:
+        rule = "--architecture, --layers, --dim, --hidden, --experts and --top-k must make a model of transformers"
+        with telling(rule), torch.device("meta"):
+            largest = model.empty(model.settings(config))
+        check_memory(largest, torch.device(config.resolved_device()), "--dim, --hidden, --experts or --layers")
 
 
 def adapt_domain(config: Config, text: Text) -> str | None:

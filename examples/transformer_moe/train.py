@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from examples.shared.command import ExperimentError
-from examples.shared.storage import load_checkpoint, save_checkpoint
+from examples.shared.storage import going_on, load_checkpoint, save_checkpoint
 from spectral_router import MoEHandle
 from spectral_router.integrations.transformers import MoECallback
 
@@ -25,9 +25,8 @@ from .config import Config, processes
 from .data import Text, Windows
 from .measure import Measurements, writes
 from .scope import adapting
+from .whole import is_whole, seal
 
-# Trainer fills the folder of a checkpoint file by file; this one comes last
-WHOLE = "whole"
 ROUTERS = "routers.pt"
 FSDP = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
 LAYER_NUMBERS = ("load_cv", "max_share", "spectral_norm", "stable_rank", "cosine", "specialisation")
@@ -77,8 +76,10 @@ class Watch(TrainerCallback):
         self.on_step(state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every process has written its own files
         if args.should_save:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class RoutedTrainer(Trainer):
@@ -122,6 +123,8 @@ def fit(config: Config, run: Run, phase: Phase, text: Text, tokenizer: Any, on_s
         # before. A sharded checkpoint it loads whole.
         network = model.restore(checkpoint)
     elif phase.name != "train":
+        if not is_whole(run.final):
+            raise ExperimentError(f"cannot go on from {run.final}: it is not as it was written; begin anew with --overwrite")
         network = model.restore(run.final)
     else:
         network = model.build(config, run.seed)
@@ -144,7 +147,8 @@ def fit(config: Config, run: Run, phase: Phase, text: Text, tokenizer: Any, on_s
     )
     trainer.remove_callback(PrinterCallback)
     if handle is not None and checkpoint is None and phase.name == "adapt":  # now that the model is on its device
-        handle.load_state_dict(load_checkpoint(run.final / ROUTERS, torch.device("cpu")))
+        with going_on(run.final / ROUTERS):
+            handle.load_state_dict(load_checkpoint(run.final / ROUTERS, torch.device("cpu")))
     trainer.measured = measured
     with contextlib.ExitStack() as limits:
         path = None
@@ -186,6 +190,7 @@ def _keep(network: Any, tokenizer: Any, handle: MoEHandle | None, folder: Path) 
         tokenizer.save_pretrained(partial)
         if handle is not None:
             save_checkpoint(partial / ROUTERS, handle.state_dict())
+        seal(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
 
@@ -237,8 +242,9 @@ def arguments(config: Config, run: Run, phase: Phase, folder: Path, resumed: int
 
 
 def _latest(folder: Path) -> Path | None:
-    whole = [file.parent for file in folder.glob(f"checkpoint-*/{WHOLE}")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    """One that a kill has cut short, or that is damaged, is left aside: what came after the one before is done again."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return next(filter(is_whole, reversed(found)), None)
 
 
 def _board(folder: Path, resumed: int) -> Any:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .._rules import check_tensor
 from .formulas import expert_sums
 from .ranks import over_ranks
 from .recompute import Counting, remember
@@ -244,6 +245,7 @@ def _check_num_experts(num_experts: int) -> None:
 
 
 def _check_logits(logits: Tensor, num_experts: int) -> None:
+    check_tensor(logits, "logits")
     if logits.ndim < 1 or logits.shape[-1] != num_experts:
         raise ValueError(f"the last dimension of the logits must be {num_experts=}, got shape {tuple(logits.shape)}")
 

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .._precision import at_least_float32
-from .._rules import check_top_k
+from .._rules import check_tensor, check_top_k
 
 
 def load_balance_loss(probs: Tensor, mask: Tensor | None = None, *, unbiased: bool = False) -> Tensor:
@@ -235,6 +235,7 @@ def _rows(values: Tensor, mask: Tensor | None, name: str) -> Tensor:
         kind = "probabilities" if name == "probs" else "logits"
         raise TypeError(f"{name} must be floating point, got {values.dtype}; pass {kind}, not expert indices")
     if mask is not None:
+        check_tensor(mask, "mask")
         if mask.shape != values.shape[:-1]:
             raise ValueError(
                 f"mask must have the shape of {name} without its last dimension, {tuple(values.shape[:-1])}, "

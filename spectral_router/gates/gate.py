@@ -76,10 +76,36 @@ class Gate:
             raise ValueError(f"scoring must be one of {', '.join(SCORES)}, got scoring={self.scoring!r}")
         if self.reads not in ("logits", "probs", "input"):
             raise ValueError(f'reads must be "logits", "probs" or "input", got reads={self.reads!r}')
+        if not isinstance(self.num_experts, int):
+            raise TypeError(f"num_experts must be a whole number, got num_experts={self.num_experts!r} for {self.name!r}")
         if self.num_experts < 2:
             raise ValueError(
                 f"a gate scores at least 2 experts, got num_experts={self.num_experts} for {self.name!r}: one output chooses "
                 "among tokens, as in mixture of depths, so there is no spread over experts to keep and no balance between them"
+            )
+
+        self._check_matrix()
+
+    def _check_matrix(self) -> None:
+        """That it is there, and has a row for each expert, where it lies as a matrix that is not spread or packed."""
+        if not isinstance(self.module, nn.Module):
+            raise TypeError(f"module must be the module of the gate {self.name!r}, got {type(self.module).__name__}")
+        if not isinstance(self.parameter, str):
+            return
+        try:
+            matrix = getattr(self.owner, self.parameter.rpartition(".")[2])
+        except AttributeError:
+            where = type(self.holder or self.module).__name__
+            raise ValueError(f"parameter must be the path of a tensor in {where}, got parameter={self.parameter!r}") from None
+        if not isinstance(matrix, Tensor) or matrix.ndim != 2 or not matrix.is_floating_point() or not matrix.numel():
+            return
+        rows, needed = matrix.shape[1 if self.transposed else 0], self.heads * self.num_experts
+        if rows < needed:
+            lies = "columns" if self.transposed else "rows"
+            raise ValueError(
+                f"num_experts must be at most the {rows} {lies} of {self.parameter}, {matrix.shape[0]} x {matrix.shape[1]}, "
+                f"that score the experts, got num_experts={self.num_experts} for {self.name!r}"
+                + ("; where the columns score them, pass transposed=True" if not self.transposed else "")
             )
 
     @property

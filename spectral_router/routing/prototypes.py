@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .._precision import at_least_float32, full_precision
-from .._rules import check_top_k
+from .._rules import check_tensor, check_top_k
 from .route import Controller, RouterOutput, route
 
 __all__ = ["PrototypeRouter", "RouterOutput"]
@@ -208,6 +208,7 @@ class PrototypeRouter(nn.Module):
             self.log_temperature.fill_(math.log(value))
 
     def _check(self, x: Tensor) -> None:
+        check_tensor(x, "input")
         if not x.is_floating_point():
             raise TypeError(f"input must be floating point, got {x.dtype}; embed or convert it first")
         if x.ndim < 1 or x.shape[-1] != self.dim:

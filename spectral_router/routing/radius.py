@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._precision import at_least_float32, full_precision
-from .._rules import check_top_k
+from .._rules import check_tensor, check_top_k
 
 _AT_ONCE = 2**24  # entries of (tokens, top_k, experts)
 _METRICS = ("dot", "euclidean", "sqeuclidean", "cosine")
@@ -40,6 +40,8 @@ def choice_radius(tokens: Tensor, weight: Tensor, top_k: int = 1, *, bias: Tenso
     >>> choice_radius(torch.tensor([3.0, 0.0]), torch.eye(2))  # to the diagonal
     tensor(2.1213)
     """
+    check_tensor(tokens, "tokens")
+    check_tensor(weight, "weight")
     check_top_k(top_k, len(weight))
     if metric not in _METRICS:
         raise ValueError(f"metric must be one of {', '.join(_METRICS)}, got {metric=}")

@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .._rules import check_tensor
 from ..penalties.groups import check_matrices
 
 __all__ = ["rescue_collapsed_"]
@@ -151,6 +152,7 @@ def _check_rescue(weight: Tensor, share: Tensor | None, x: Tensor | None, optimi
         raise ValueError(f"weight must be one matrix (experts, dim), got shape {tuple(weight.shape)}; call it once a gate")
     experts, dim = weight.shape
     if share is not None:
+        check_tensor(share, "share")
         if share.shape != (experts,):
             raise ValueError(f"share must have one entry an expert, shape ({experts},), got shape {tuple(share.shape)}")
         if (share < 0).any():
@@ -159,6 +161,7 @@ def _check_rescue(weight: Tensor, share: Tensor | None, x: Tensor | None, optimi
                 f"share must be at least 0, got {share[expert].item()} of expert {expert}; pass mean probabilities or counts"
             )
     if x is not None:
+        check_tensor(x, "x")
         if not x.is_floating_point():
             raise TypeError(f"x must be floating point, got {x.dtype}; embed or convert it first")
         if x.ndim < 1 or x.shape[-1] != dim:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._precision import at_least_float32, full_precision
-from .._rules import check_top_k
+from .._rules import check_tensor, check_top_k
 
 __all__ = ["Controller", "RouterOutput", "route"]
 
@@ -90,6 +90,7 @@ def route(
     >>> indices, weights
     (tensor([[1, 2]]), tensor([[0.7311, 0.2689]]))
     """
+    check_tensor(logits, "logits")
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}; pass the scores of the gate")
     if logits.ndim < 1 or logits.shape[-1] < 1:

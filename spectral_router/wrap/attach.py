@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -102,6 +103,8 @@ def wrap_moe(
     router  Linear  4 x 16         softmax  output: logits
     """
     for name, coef in (("penalty_coef", penalty_coef), ("balance_coef", balance_coef)):
+        if not isinstance(coef, Real):
+            raise TypeError(f"{name} must be a number, got {name}={coef!r}")
         if not 0 <= coef < math.inf:
             raise ValueError(f"{name} must be a finite number of at least 0, got {name}={coef}")
     if penalty == "default":
@@ -112,9 +115,11 @@ def wrap_moe(
     if balance == "default":
         balance = LoadBalanceLoss()
     for name, part, words in (("penalty", penalty, '"spread", "hold", "paper"'), ("balance", balance, '"default"')):
+        if isinstance(part, type):
+            raise TypeError(f"{name} must be an instance, got the class {part.__name__}; call it: {name}={part.__name__}()")
         if part is not None and not callable(part):
             raise TypeError(f"{name} must be a callable, {words} or None, got {part!r}")
-    shells = [model] if isinstance(model, nn.Module) else list(model)
+    shells = [model] if isinstance(model, nn.Module) else list(model) if isinstance(model, Iterable) else []
     if not shells or not all(isinstance(shell, nn.Module) for shell in shells):
         raise TypeError(f"model must be a module, or a list of the modules that are its parts, got {model!r:.200}")
     parts, compiled = zip(*map(_inside, shells), strict=True)

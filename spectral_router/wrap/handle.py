@@ -19,7 +19,7 @@ from .hooks import AtGate, Hook
 from .metrics import measure
 from .optimizer import check_optimizer
 from .recorder import Recorder
-from .state import restore, tensors
+from .state import check_state, restore, tensors
 from .step import Step, Tap
 from .weights import tied
 
@@ -92,8 +92,10 @@ class MoEHandle(Recorder):
                 what its own rule for the loss says.
 
         Raises:
-            RuntimeError: the term is in the model's loss already, was taken already, or there was no training forward.
+            RuntimeError: the term is in the model's loss already, was taken already, there was no training forward, or the
+                handle was removed.
         """
+        self._there()
         term, fate = self.step.term, self.step.fate
         if term is None and self.step.evaluated and not self.step.fate:
             return torch.zeros((), device=self.device)
@@ -111,6 +113,10 @@ class MoEHandle(Recorder):
         term = term if share == 1.0 else term * share
         self.step.term, self.step.fate = None, "was taken by handle.loss() already; call it once a forward"
         return term
+
+    def _there(self) -> None:
+        if not self.attached:
+            raise RuntimeError("this handle was removed from its model; call wrap_moe(model) for another one")
 
     def attach(self, optimizer: Any, *, decoupled: bool = False, every: int = 1, group: Any = None) -> None:
         """Deliver the term at the optimizer's step from now on, in place of the loss.
@@ -140,6 +146,7 @@ class MoEHandle(Recorder):
         self._attach(optimizer, decoupled, every, True, group)
 
     def _attach(self, optimizer: Any, decoupled: bool = False, every: int = 1, alone: bool = False, group: Any = None) -> None:
+        self._there()
         self._find_replaced()
         stepper = check_optimizer(self.gates, self.model, optimizer)
         if self.at_step is not None:
@@ -216,8 +223,9 @@ class MoEHandle(Recorder):
         """Take over the state of another handle on the same gates.
 
         Raises:
-            ValueError: the state is of other gates.
+            ValueError: the state is of other gates, or none of a handle.
         """
+        check_state(state)
         here = {bare_text(gate.name): (gate.num_experts, gate.dim) for gate in self.gates}
         there = {bare_text(name): tuple(shape) for name, shape in state["gates"].items()}
         if here != there:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from examples.image_classification import config as image_config
 from examples.shared.command import Options, add_flags, add_place, flag, parser, require, settle
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Arm(NamedTuple):
@@ -94,6 +95,7 @@ class Config:
             require(value in allowed, name, "one of " + ", ".join(filter(None, allowed)), value)
         least = SMALLEST_IMAGE[self.stem]
         require(self.side() >= least, "image_size", f"at least {least} with --stem {self.stem}", self.side())
+        self.images().check_image_size()
         require(0 < self.lr < math.inf, "lr", "a finite number above 0", self.lr)
         for name in ("soft_coef", "relative_bound", "mean_bound"):
             require(0 <= getattr(self, name) < math.inf, name, "a finite number of at least 0", getattr(self, name))

@@ -81,7 +81,8 @@ def fixed(alone: list[Tensor], labels: Tensor) -> dict[str, Any]:
 
 def own_images(logits: Tensor, weights: Tensor, labels: Tensor) -> dict[str, Any]:
     """Accuracy of the whole network on the images where an expert has the largest weight; None for one with too few."""
-    winner = weights.argmax(-1)
+    # a diverged gate, of no numbers, sends no image anywhere
+    winner = torch.where(weights.isfinite().all(-1), weights.argmax(-1), -1)
     masks = [winner == expert for expert in range(weights.shape[-1])]
     shares = [float(mask.float().mean()) for mask in masks]
     return {

@@ -31,7 +31,7 @@ def run(config: Config, options: Options) -> dict[str, Any]:
     fingerprint = digest(data)
     settings = dataclasses.asdict(config) | {"device": str(device), "digest": fingerprint}
     del settings["arms"]  # no arm depends on which others are run, so --resume may name more
-    prepare(settings, options)
+    earlier = prepare(settings, options)
     data = move(data, device)
     parts: dict[str, list[dict[str, Any]]] = {arm: [] for arm in config.arms}
     with bars() as progress:
@@ -45,6 +45,7 @@ def run(config: Config, options: Options) -> dict[str, Any]:
         "config": dataclasses.asdict(config),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": versions("torchvision", "scikit-learn"),
+        "earlier_versions": earlier,
         "seeds": list(range(config.seeds)),
         "data": {
             "classes": data.classes,

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.image_classification.data import ImageSet, Split, as_float, augment, to_layout
-from examples.image_classification.evaluate import accuracy
+from examples.image_classification.evaluate import accuracy, right
 from examples.image_classification.model import mixed_precision
-from examples.shared.storage import load_checkpoint, save_checkpoint
+from examples.shared.storage import going_on, load_checkpoint, save_checkpoint
 from spectral_router import ImportanceConstraint, ImportanceKLLoss, LoadBalanceLoss
 
 from .config import ARMS, Config
@@ -64,9 +64,10 @@ def train(
     history: list[dict[str, Any]] = []
     if checkpoint.exists():
         state = load_checkpoint(checkpoint, device)
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        history = state["history"]
+        with going_on(checkpoint):
+            network.load_state_dict(state["network"])
+            optimizer.load_state_dict(state["optimizer"])
+            history = state["history"]
         for row in history:
             on_epoch(row)
     for epoch in range(len(history), config.epochs):
@@ -107,14 +108,14 @@ def _train_epoch(
         (task + config.soft_coef * unbalance).backward()
         optimizer.step()
         with torch.no_grad():
-            sums += torch.stack([task, unbalance, (logits.argmax(-1) == labels).float().mean()])
+            sums += torch.stack([task, unbalance, right(logits, labels).float().mean()])
             if routed is not None:
                 gate += _use(routed)
             if constraint is not None:
                 excess = torch.maximum(excess, _excess(constraint))
     # the epoch's only wait for the device, but for those of the routed experts; all batches have one size
-    loss, unbalanced, right = (sums / len(batches)).tolist()
-    row: dict[str, Any] = {"task": loss, "balance": unbalanced, "train_accuracy": 100 * right}
+    loss, unbalanced, correct = (sums / len(batches)).tolist()
+    row: dict[str, Any] = {"task": loss, "balance": unbalanced, "train_accuracy": 100 * correct}
     if ARMS[arm].moe:
         importance, load, closed, any_closed = (gate / len(batches)).tolist()
         row |= {"importance": importance, "load": load, "closed": closed, "steps_with_closed": any_closed[0]}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 
 from examples.image_classification.config import Config
-from examples.shared.command import ExperimentError, Options, add_flags, add_place, finish, parser, require, settle
+from examples.shared.command import ExperimentError, Options, add_flags, add_place, finish, importing, parser, require, settle
 
-from . import report, run
 from .arms import ARMS
 
 # what an arm sets itself
@@ -40,9 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _work(arguments: list[str] | None) -> str:
-    config, options, names, tuning_seeds = parse(arguments)
-    results = run.run(config, options, names, tuning_seeds)
-    files = report.write(results, options.out)
+    with importing():
+        config, options, names, tuning_seeds = parse(arguments)
+        from . import report, run  # only now: flags and their help need no torch
+
+    with options.held:
+        results = run.run(config, options, names, tuning_seeds)
+        files = report.write(results, options.out)
     return f"results: {options.out / 'results.json'}; {', '.join(str(path) for path in files)}"
 
 

@@ -41,7 +41,7 @@ def run(config: Config, options: Options, names: list[str], tuning_seeds: int) -
     data = read(config)
     fingerprint = digest(data)
     asked = {"arms": names, "tuning_seeds": tuning_seeds, "device": str(device), "digest": fingerprint}
-    prepare(dataclasses.asdict(config) | asked, options)
+    earlier = prepare(dataclasses.asdict(config) | asked, options)
     data = move(data, device)
     with bars() as progress:
         grids = _tune(config, names, tuning_seeds, data, options.out, progress)
@@ -60,6 +60,7 @@ def run(config: Config, options: Options, names: list[str], tuning_seeds: int) -
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "versions": versions(),
+        "earlier_versions": earlier,
         "data": {"classes": data.classes, "digest": fingerprint, "images": _sizes(data, config)},
         "plasticity": PLASTICITY,
         "rates": list(RATES),

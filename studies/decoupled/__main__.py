@@ -3,106 +3,9 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
-import torch
-
-from benchmarks.delivery import batches
-from benchmarks.wrap import build
-from examples.shared.command import ExperimentError, finish, parser
-from examples.shared.progress import track
-from examples.shared.runs import interval, versions
-from examples.shared.storage import read_json, write_atomically, write_json
-from spectral_router import wrap_moe
-
-COEFFICIENTS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
-WAYS = ("in the gradient", "decoupled")
-SLACK = 0.01  # of the task loss, nats
-SIZES = {"layers": 4, "dim": 64, "hidden": 64, "experts": 8}
-
-
-@dataclass(frozen=True)
-class Cell:
-    seed: int
-    way: str  # "none" or one of WAYS
-    coefficient: float
-
-    @property
-    def name(self) -> str:
-        return f"{self.seed} {self.way} {self.coefficient:g}".replace(" ", "_")
-
-
-def cells(seeds: int) -> list[Cell]:
-    return [
-        cell
-        for seed in range(seeds)
-        for cell in (Cell(seed, "none", 0.0), *(Cell(seed, way, c) for way in WAYS for c in COEFFICIENTS))
-    ]
-
-
-def train(cell: Cell, steps: int) -> dict[str, float]:
-    """Task loss on held-out batches, and what the gates have become."""
-    torch.manual_seed(cell.seed)
-    model = build(**SIZES)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.normal_(0, 0.1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    handle = wrap_moe(model, penalty="spread", penalty_coef=cell.coefficient, balance=None)
-    before = handle.metrics()
-    handle.attach(optimizer, decoupled=cell.way == "decoupled")
-    # one language a seed; its last batches are not trained on
-    made = batches(cell.seed, steps + 8, (8, 32))
-    for ids in made[:steps]:
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    after = handle.metrics()
-    with torch.no_grad():
-        task = fmean(model.eval()(input_ids=ids, labels=ids).loss.item() for ids in made[steps:])
-    drift = [abs(after[name]["sigma_max"] / before[name]["sigma_max"] - 1) for name in after]
-    ranks = [row["stable_rank"] for row in after.values()]
-    return {"task": task, "stable_rank": fmean(ranks), "lowest_rank": min(ranks), "sigma_drift": fmean(drift)}
-
-
-def run(out: Path, seeds: int, steps: int, resume: bool) -> dict[str, Any]:
-    file = out / "results.json"
-    settings = {"seeds": seeds, "steps": steps}
-    results: dict[str, Any] = {"settings": settings, "cells": {}}
-    if file.exists():
-        if not resume:
-            raise ExperimentError(f"{out} already holds a run; pass --resume, or another --out")
-        results = read_json(file)
-        if results["settings"] != settings:
-            raise ExperimentError(f"--resume needs the settings that the run in {out} began with: {results['settings']}")
-    wanted = cells(seeds)
-    for cell in track([cell for cell in wanted if cell.name not in results["cells"]], "runs", len(wanted)):
-        results["cells"][cell.name] = train(cell, steps)
-        write_json(file, results | {"versions": versions("transformers")})
-    return results
-
-
-def table(results: dict[str, Any], seeds: int) -> str:
-    """One row a coefficient; the chosen one of each way is bold."""
-
-    def mean(way: str, coefficient: float, what: str) -> dict[str, Any]:
-        return interval([results["cells"][Cell(seed, way, coefficient).name][what] for seed in range(seeds)])
-
-    bound = mean("none", 0.0, "task")["mean"] + SLACK
-    lines = ["| penalty | α | task loss | mean stable rank of 8 | lowest gate | drift of σ |", "|---|---|---|---|---|---|"]
-    for way, coefficients in (("none", (0.0,)), *((way, COEFFICIENTS) for way in WAYS)):
-        fair = [c for c in coefficients if mean(way, c, "task")["mean"] <= bound]
-        chosen = max(fair, key=lambda c: mean(way, c, "stable_rank")["mean"], default=None) if way != "none" else None
-        for coefficient in coefficients:
-            found = [mean(way, coefficient, what) for what in ("task", "stable_rank", "lowest_rank", "sigma_drift")]
-            shown = [f"{value['mean']:.3f} ± {value['ci95'] or 0:.3f}" for value in found]
-            row = [way, f"{coefficient:g}", *shown]
-            lines.append("| " + " | ".join(f"**{cell}**" if coefficient == chosen else cell for cell in row) + " |")
-    note = f"Mean ± half-width of the 95 % interval (Student's t) over {seeds} seeds. Bold: the largest stable rank at a task "
-    return "\n".join([*lines, "", f"{note}loss within {SLACK} of none.", ""])
+from examples.shared.command import finish, importing, parser, require
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -119,11 +22,11 @@ def _work(arguments: list[str] | None) -> str:
     flags.add_argument("--resume", action="store_true", help="go on with the run in --out")
     given = flags.parse_args(arguments)
     for name in ("seeds", "steps"):
-        if getattr(given, name) < 1:
-            raise ExperimentError(f"--{name} must be at least 1, got {getattr(given, name)}")
-    results = run(given.out, given.seeds, given.steps, given.resume)
-    text = table(results, given.seeds)
-    write_atomically(given.out / "tables.md", lambda path: path.write_text(text, encoding="utf-8"))
+        require(getattr(given, name) >= 1, name, "at least 1", getattr(given, name))
+    with importing():
+        from . import study  # only now: flags and their help need no torch
+
+    text = study.study(given.out, given.seeds, given.steps, given.resume)
     return f"{text}\nresults: {given.out / 'results.json'}, {given.out / 'tables.md'}"
 
 

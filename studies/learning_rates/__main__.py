@@ -6,9 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from examples.shared.command import ExperimentError, finish, parser
+from examples.shared.command import ExperimentError, finish, importing, parser, telling
 
-from . import page, protocol, saved, study
+from . import protocol
+
+RESULTS = Path(__file__).with_name("results.json")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -22,12 +24,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     running.add_argument("--protocol", type=Path, default=protocol.PROTOCOL, help="default: %(default)s")
     running.add_argument("--out", type=Path, default=Path("runs/learning_rates"), help="results (default: %(default)s)")
-    running.add_argument("--stages", nargs="+", default=study.STAGES, choices=study.STAGES, help="default: all")
+    running.add_argument("--stages", nargs="+", default=protocol.STAGES, choices=protocol.STAGES, help="default: all")
     running.add_argument("--models", nargs="+", default=[], help="only these of the protocol's (default: all)")
     running.add_argument("--seeds", type=int, default=0, help="only so many test seeds (default: all)")
     running.add_argument("--saved", action="store_true", help="begin with the runs that are saved in the repository")
     showing = commands.add_parser("page", allow_abbrev=False, description="Make docs/learning_rates.md from saved results.")
-    showing.add_argument("--results", type=Path, default=saved.RESULTS, help="default: %(default)s")
+    showing.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
     showing.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the documentation (default: %(default)s)")
     return flags.parse_args(arguments)
 
@@ -38,15 +40,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(given: argparse.Namespace) -> str:
-    plan = protocol.read(given.protocol)
+    with importing(resumes=""):
+        plan = protocol.read(given.protocol)
+        from . import saved, study  # only now: flags and their help need no torch
     for name in given.models:
         if name not in plan["models"]:
             raise ExperimentError(f"--models must be any of {', '.join(plan['models'])}, got {name}")
     if given.seeds < 0:
         raise ExperimentError(f"--seeds must be at least 0, got {given.seeds}")
     if given.saved:
-        saved.unpack(saved.read(saved.RESULTS), given.out)
-    stages = tuple(stage for stage in study.STAGES if stage in given.stages)
+        saved.unpack(saved.read(RESULTS), given.out)
+    stages = tuple(stage for stage in protocol.STAGES if stage in given.stages)
     study.study(plan, given.out, stages, tuple(given.models), given.seeds)
     path = given.out / "results.json"
     saved.write(study.gather(plan, given.out), path)
@@ -54,7 +58,12 @@ def _run(given: argparse.Namespace) -> str:
 
 
 def _page(given: argparse.Namespace) -> str:
-    return "written: " + ", ".join(str(file) for file in page.write(saved.read(given.results), given.docs))
+    with importing(resumes=""):
+        from . import page, saved
+    results = saved.read(given.results)
+    with telling(f"--results must be a file that `run` wrote, got {given.results}"):
+        files = page.write(results, given.docs)
+    return "written: " + ", ".join(map(str, files))
 
 
 if __name__ == "__main__":

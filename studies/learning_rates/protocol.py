@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from examples.shared.command import ExperimentError
+from examples.shared.command import ExperimentError, check_kinds, telling
 from examples.transformer_moe.config import Config
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
+STAGES = ("tuning", "test")
 PROTOCOL = Path(__file__).with_name("study.toml")
 UNUSED = {"report_to": ["none"], "evaluations": 1, "adapt_steps": 0}  # there is one measurement, at the end
 Protocol = dict[str, Any]
@@ -36,21 +32,26 @@ class Run(NamedTuple):
 def read(path: Path = PROTOCOL) -> Protocol:
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExperimentError(f"--protocol must be a readable TOML file, got {path}: {error}") from None
     missing = [name for name in ("settings", "models", "rates", "seeds", "arms") if name not in found]
     if missing:
         raise ExperimentError(f"--protocol must have the sections of study.toml, got {path} without {', '.join(missing)}")
-    for model in found["models"]:
-        config_of(found, model).validate()
+    try:
+        with telling(f"it must be of the form of {PROTOCOL.name}"):
+            for model in found["models"]:
+                config_of(found, model).validate()
+            tuning(found)
+            test(found, {model: {} for model in found["models"]})
+    except ExperimentError as error:
+        raise ExperimentError(f"--protocol {path}: {error}") from error
     return found
 
 
 def config_of(protocol: Protocol, model: str) -> Config:
-    try:
-        return Config(**protocol["settings"] | protocol["models"][model] | UNUSED)
-    except TypeError as error:
-        raise ExperimentError(f"--protocol may set the flags of examples.transformer_moe only: {error}") from None
+    settings = protocol["settings"] | protocol["models"][model] | UNUSED
+    check_kinds(Config, settings)
+    return Config(**settings)
 
 
 def tuning(protocol: Protocol) -> list[Run]:

@@ -17,10 +17,8 @@ from examples.transformer_moe.config import Config
 from examples.transformer_moe.data import Text
 from studies.queue import Record, file_of, finish, records, same
 
-from .protocol import Protocol, Run, Strengths, config_of, test, tuning
+from .protocol import STAGES, Protocol, Run, Strengths, config_of, test, tuning
 from .train import train
-
-STAGES = ("tuning", "test")
 
 
 def study(

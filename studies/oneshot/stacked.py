@@ -21,7 +21,7 @@ from torch import Tensor
 
 from examples.image_classification.config import Config
 from examples.image_classification.data import ImageSet, Split, as_float, to_layout
-from examples.image_classification.evaluate import in_batches
+from examples.image_classification.evaluate import in_batches, right
 from examples.image_classification.model import SRMoE, mixed_precision
 from examples.image_classification.objective import Objective
 from examples.image_classification.oneshot import Record, update_batch
@@ -29,19 +29,12 @@ from examples.image_classification.train import Trained
 from examples.shared.command import ExperimentError
 from spectral_router import RouterOutput
 
+from .rule import Rule
 from .stack import Stack
 
 # Copies updated together, pairs of copy and image in one forward: on a CPU what its cache holds.
 COPIES = {"cpu": 8, "cuda": 64}
 PAIRS = {"cpu": 1 << 10, "cuda": 1 << 16}
-
-
-class Rule(NamedTuple):
-    """How a one-shot update is made; as --scope, --oneshot-optimizer and --oneshot-lr."""
-
-    scope: str
-    optimizer: str
-    lr: float
 
 
 class Entry(NamedTuple):
@@ -119,7 +112,7 @@ def adapt_stacked(
         return 100 * hits / len(labels)
 
     # all that waits for the device
-    loss, right, norms = (torch.cat(column).tolist() for column in zip(*starts, strict=True))
+    loss, right_before, norms = (torch.cat(column).tolist() for column in zip(*starts, strict=True))
     hits_before = int(before)
     records = []
     for columns in found:
@@ -132,7 +125,7 @@ def adapt_stacked(
                     "delta": percent(hits[i]) - percent(hits_before),
                     "loss_before": loss[i],
                     "loss_after": loss_after[i],
-                    "right_before": right[i],
+                    "right_before": right_before[i],
                     "right_after": right_after[i],
                     "gradient": norms[i],
                 }
@@ -184,7 +177,7 @@ def _start(model: SRMoE, objective: Objective, update: Entry, stacks: list[Stack
     flat = torch.autograd.grad(total, [tensor for stack in leaves for tensor in stack])
     path = [weights[:, 0].argmax(-1) for weights in (update.weights, *(output.weights for output in routed))]
     gradient = [Stack(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
-    return Start(losses[:, 0].detach(), logits[:, 0].argmax(-1) == labels[:, 0], path, gradient)
+    return Start(losses[:, 0].detach(), right(logits[:, 0], labels[:, 0]), path, gradient)
 
 
 def _updated(rule: Rule, stacks: list[Stack], start: Start) -> list[Stack]:
@@ -203,7 +196,7 @@ def _after(model: SRMoE, novel: Entry, labels: Tensor, held_out: Entry, stacks: 
     """novel (C, 1, *), labels (C,), held_out (n, *)."""
     logits = _forward(model, novel, stacks)[0][:, 0]
     loss = F.cross_entropy(logits, labels, reduction="none")
-    return Found(loss, logits.argmax(-1) == labels, _right(model, held_out, stacks, held_out_labels))
+    return Found(loss, right(logits, labels), _right(model, held_out, stacks, held_out_labels))
 
 
 def _parts(count: int, size: int) -> list[slice]:
@@ -245,16 +238,16 @@ def _forward(model: SRMoE, entry: Entry, stacks: list[Stack]) -> tuple[Tensor, l
 
 @torch.no_grad()
 def _right(model: SRMoE, held_out: Entry, stacks: list[Stack], labels: Tensor) -> Tensor:
-    """How many of the held-out images (n, *) each copy gets right, (C,), as `train.accuracy` counts."""
+    """How many of the held-out images (n, *) each copy gets right, (C,)."""
     pairs = PAIRS[labels.device.type]
     counts = []
     for part in _parts(len(stacks[0].w_in), max(1, pairs // len(labels))):
         some = [Stack(*(tensor[part] for tensor in stack)) for stack in stacks]
-        right = []
+        hits = []
         for rows in _parts(len(labels), pairs):
             logits, _ = _forward(model, Entry(*(tensor[None, rows] for tensor in held_out)), some)
-            right.append((logits.argmax(-1) == labels[rows]) & logits.isfinite().all(-1))
-        counts.append(torch.cat(right, 1).sum(1))
+            hits.append(right(logits, labels[rows]))
+        counts.append(torch.cat(hits, 1).sum(1))
     return torch.cat(counts)
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from examples.shared.command import example
+from examples.shared.command import Parts, example
 
-from . import figures, report, study
 from .config import parse
 
 
+def _parts() -> Parts:
+    from . import figures, report, study
+
+    return study.run, report.write, figures.draw
+
+
 def main(arguments: list[str] | None = None) -> int:
-    return example(arguments, parse, study.run, report.write, figures.draw)
+    return example(arguments, parse, _parts)
 
 
 if __name__ == "__main__":

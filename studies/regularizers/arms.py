@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor, nn
-
-from spectral_router import HypersphericalEnergyPenalty, SpectralNormPenalty, penalize
+if TYPE_CHECKING:  # the names of the arms are those of a flag, whose help is not to wait for torch
+    from torch import Tensor, nn
 
 BASE = "none"
 # the public code of both papers: energy of the output layer ten times that of a hidden one
@@ -54,6 +52,8 @@ def terms(arm: str, hidden: list[str], seed: int) -> list[Term]:
     """New penalties, which keep their own state, for one network; `hidden` are the names of its hidden layers in order."""
     if arm in (BASE, "weight-decay"):  # weight decay is the optimizer's
         return []
+    from spectral_router import HypersphericalEnergyPenalty, SpectralNormPenalty
+
     if arm == "spectral-norm":
         return [Term(0.5, SpectralNormPenalty(), None)]
     if arm == "spectral-target":
@@ -76,4 +76,8 @@ def terms(arm: str, hidden: list[str], seed: int) -> list[Term]:
 
 def penalty(network: nn.Module, parts: list[Term]) -> Tensor:
     """The sum of the terms, unweighted by the arm's coefficient; a scalar."""
+    import torch
+
+    from spectral_router import penalize
+
     return torch.stack([part.weight * penalize(network, part.penalty, part.layers) for part in parts]).sum()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from examples.image_classification import config as images
 from examples.shared.command import Options, add_flags, add_place, flag, parser, require, settle
 
 from .arms import ARMS, BASE
+
+if TYPE_CHECKING:
+    import torch
 
 DIGITS = [str(digit) for digit in range(10)]
 # where the two studies differ; why, says the package's docstring
@@ -65,7 +66,7 @@ class Config:
         for name in ("train_per_class", "val_per_class", "epochs", "seeds"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         require(self.batch_size >= 2, "batch_size", "at least 2 (batch norm needs two images)", self.batch_size)
-        require(self.image_size is None or self.image_size >= 8, "image_size", "at least 8", self.image_size)
+        self.source().check_image_size()
         require(len(self.widths) >= 2 and min(self.widths) >= 1, "widths", "two or more numbers of at least 1", self.widths)
         require(0 < self.lr < math.inf, "lr", "a finite number above 0", self.lr)
         require(0 <= self.weight_decay < math.inf, "weight_decay", "a finite number of at least 0", self.weight_decay)

@@ -49,7 +49,7 @@ def run(config: Config, options: Options) -> dict[str, Any]:
     splits = {seed: split(data.labels, data.classes, config, seed) for seed in (*config.tuning_seeds, *seeds)}
     # only now, when nothing is left that could be wrong with the input
     fingerprint = digest(data)
-    prepare(dataclasses.asdict(config) | {"device": str(device), "digest": fingerprint}, options)
+    earlier = prepare(dataclasses.asdict(config) | {"device": str(device), "digest": fingerprint}, options)
     data = move(data, device)
     grids = {arm: config.multiples if ARMS[config.study][arm].published else [0.0] for arm in config.arms}
     with bars() as progress:
@@ -60,6 +60,7 @@ def run(config: Config, options: Options) -> dict[str, Any]:
         "config": dataclasses.asdict(config),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": versions(),
+        "earlier_versions": earlier,
         "data": {
             "classes": data.classes,
             "digest": fingerprint,

@@ -6,10 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from examples.shared.command import ExperimentError, finish, parser
-from studies.queue import records
+from examples.shared.command import ExperimentError, finish, importing, parser, telling
 
-from . import page, protocol, run, saved
+from . import protocol
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -31,7 +30,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     showing = commands.add_parser(
         "page", allow_abbrev=False, description="Make the tables and pictures of docs/reproduction.md from saved results."
     )
-    showing.add_argument("--results", type=Path, default=saved.RESULTS, help="default: %(default)s")
+    showing.add_argument("--results", type=Path, default=protocol.RESULTS, help="default: %(default)s")
     showing.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the documentation (default: %(default)s)")
     return flags.parse_args(arguments)
 
@@ -44,7 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(given: argparse.Namespace) -> str:
     if given.photos is not None and not given.photos.is_dir():
         raise ExperimentError(f"--photos must be a folder with one subfolder of images a class, got {given.photos}")
-    plan = protocol.read(given.protocol)
+    with importing(resumes=""):
+        plan = protocol.read(given.protocol)
+        from studies.queue import records  # only now: flags and their help need no torch
+
+        from . import run, saved
+
     places = {"photos": str(given.photos)} if given.photos else {}
     stages = tuple(stage for stage in protocol.STAGES if stage in given.stages)
     run.study(plan, places, given.out, stages, given.only)
@@ -54,7 +58,12 @@ def _run(given: argparse.Namespace) -> str:
 
 
 def _page(given: argparse.Namespace) -> str:
-    files = page.write(saved.read(given.results), given.docs)
+    with importing(resumes=""):
+        from . import page, saved
+
+    results = saved.read(given.results)
+    with telling(f"--results must be a file that `run` wrote, got {given.results}"):
+        files = page.write(results, given.docs)
     return "written: " + ", ".join(str(file) for file in files)
 
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import re
-import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from examples.image_classification.config import Config
-from examples.shared.command import ExperimentError
-from studies.oneshot.stacked import Rule
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from examples.shared.command import ExperimentError, check_kinds, require, telling
+from studies.oneshot.rule import Rule
 
 PROTOCOL = Path(__file__).with_name("study.toml")
+RESULTS = Path(__file__).with_name("results.json")
 STAGES = ("sweep", "main", "second", "confirm", "failure")  # in the order in which they run
 Protocol = dict[str, Any]
 Settings = dict[str, Any]  # fields of Config
@@ -41,11 +37,42 @@ class Run(NamedTuple):
         return ".".join(re.sub(r"[^\w.+-]+", "-", part).strip("-") for part in parts)
 
 
-def read(path: Path = PROTOCOL) -> Protocol:
+def read(path: Path = PROTOCOL, stages: tuple[str, ...] = STAGES) -> Protocol:
+    """The protocol, of which all runs can be made: what is wrong with it is said before any of them."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        protocol = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ExperimentError(f"--protocol must be a readable TOML file, got {path}: {error}") from None
+    try:
+        with telling(f"it must be of the form of {PROTOCOL.name}"):
+            _check(protocol, stages)
+    except ExperimentError as error:
+        raise ExperimentError(f"--protocol {path}: {error}") from error
+    return protocol
+
+
+def _check(protocol: Protocol, stages: tuple[str, ...]) -> None:
+    """Make every run that needs no other one's results, and read what the later stages need."""
+    places = dict.fromkeys(protocol["data"], "there")
+    later: dict[str, dict[str, Settings]] = {}
+    if "sweep" in stages:
+        arms = sweep_arms(protocol)
+        later = {"second": arms, "confirm": {router: {"routers": [router]} for router in protocol["confirm"]["routers"]}}
+        require(protocol["sweep"]["center"] in arms, "center", "one of the sweep's arms", protocol["sweep"]["center"])
+        for name in protocol["sweep"]["rules"]:
+            plasticity = rule_of(protocol, name)["plasticity"]
+            require(isinstance(plasticity, int | float), "plasticity", "a number", plasticity)
+    for name in ("accuracy_below", "one_path"):
+        require(isinstance(protocol["failed"][name], int | float), name, "a number", protocol["failed"][name])
+    for stage in stages:
+        for one in runs(protocol, stage, places, later.get(stage)):
+            require(one.within in ("test", "val"), "within", "test or val", one.within)
+            require(one.config.oneshot_steps == 1, "oneshot_steps", "1", one.config.oneshot_steps)
+    for rule in protocol.get("oneshot", {}).get("rules", ()):
+        for rate in rule["rates"]:
+            asked = {"scope": rule["scope"], "oneshot_optimizer": rule["optimizer"], "oneshot_lr": rate}
+            check_kinds(Config, asked)
+            Config(**asked).validate()
 
 
 def runs(protocol: Protocol, stage: str, places: dict[str, str], arms: dict[str, Settings] | None = None) -> list[Run]:
@@ -124,6 +151,7 @@ def _run(protocol: Protocol, stage: str, phase: str, arm: str, seed: int, change
     settings = protocol["settings"] | of_phase | data | changes
     if "novel" in of_stage:
         settings["novel"] = of_stage["novel"]
+    check_kinds(Config, settings)
     rules = [
         Rule(rule["scope"], rule["optimizer"], rate)
         for rule in protocol["oneshot"]["rules"]

@@ -24,7 +24,7 @@ from examples.shared.progress import bars, console
 from examples.shared.runs import versions
 from examples.shared.storage import read_json, write_json
 from studies.oneshot.stacked import adapt_stacked
-from studies.queue import Record, file_of, finish, same
+from studies.queue import Record, begin, file_of, finish, same
 
 from . import choice
 from .protocol import STAGES, Protocol, Run, Settings, runs
@@ -34,7 +34,7 @@ PICTURED = 3  # seeds whose table of paths is kept
 
 def study(protocol: Protocol, places: dict[str, str], out: Path, stages: tuple[str, ...] = STAGES, only: str = "") -> None:
     """Do what is left of the stages, in their order; of their runs those whose name contains `only`."""
-    same(out / "protocol.json", protocol, "--out must be of one protocol")
+    begin(out, protocol)
     images = Images(out)
     found = False
     with bars() as progress:
@@ -92,7 +92,8 @@ class Images:
             data = read(config)
             self._read[key] = move(data, config.resolved_device()), digest(data)
             name = f"{Path(config.data).name}-{config.image_size}"
-            same(self._out / "images" / f"{name}.json", self._read[key][1], "--photos must be the images that --out began with")
+            fingerprint = {"digest": self._read[key][1]}
+            same(self._out / "images" / f"{name}.json", fingerprint, "--photos must be the images that --out began with")
         return self._read[key]
 
 

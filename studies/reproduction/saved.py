@@ -9,11 +9,10 @@ from examples.shared.command import ExperimentError
 from studies import saved
 from studies.saved import Results, write
 
-from .protocol import Protocol
+from .protocol import RESULTS, Protocol
 
 __all__ = ["RESULTS", "Results", "gather", "read", "write"]
 
-RESULTS = Path(__file__).with_name("results.json")
 Record = dict[str, Any]
 COMMON = ("config", "data", "versions", "device")
 

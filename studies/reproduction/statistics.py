@@ -61,7 +61,8 @@ def has_failed(results: Results, record: Record) -> bool:
 
 def is_collapsed(results: Results, record: Record) -> bool:
     """One path takes (nearly) all images."""
-    return bool(record["routing"]["top_path_share"] >= results["protocol"]["failed"]["one_path"])
+    share = record["routing"]["top_path_share"]  # None: its router gives no numbers
+    return share is not None and bool(share >= results["protocol"]["failed"]["one_path"])
 
 
 def trained(results: Results, records: Iterable[Record]) -> list[Record]:

@@ -6,15 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from examples.shared.command import ExperimentError, finish, parser
-from studies import saved
+from examples.shared.command import finish, importing, parser, telling
 from studies.reproduction import protocol
-from studies.reproduction.run import study
 
-from . import page
-from .results import RESULTS, gather
-
-PROTOCOL = Path(__file__).with_name("study.toml")
+PROTOCOL, RESULTS = (Path(__file__).with_name(name) for name in ("study.toml", "results.json"))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -41,10 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(given: argparse.Namespace) -> str:
-    plan = protocol.read(given.protocol)
-    missing = [name for name in ("settings", "data", "failed", "main", "failure") if name not in plan]
-    if missing:
-        raise ExperimentError(f"--protocol must have the sections of study.toml, got one without {', '.join(missing)}")
+    with importing(resumes=""):
+        plan = protocol.read(given.protocol, ("failure",))
+        from studies import saved  # only now: flags and their help need no torch
+        from studies.reproduction.run import study
+
+        from .results import gather
     study(plan, {}, given.out, ("failure",), given.only)
     path = given.out / "results.json"
     saved.write(gather(plan, given.out), path)
@@ -52,7 +49,14 @@ def _run(given: argparse.Namespace) -> str:
 
 
 def _page(given: argparse.Namespace) -> str:
-    return "written: " + ", ".join(str(file) for file in page.write(saved.read(given.results), given.docs))
+    with importing(resumes=""):
+        from studies import saved
+
+        from . import page
+    results = saved.read(given.results)
+    with telling(f"--results must be a file that `run` wrote, got {given.results}"):
+        files = page.write(results, given.docs)
+    return "written: " + ", ".join(map(str, files))
 
 
 if __name__ == "__main__":

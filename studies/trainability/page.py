@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -24,7 +25,7 @@ def write(results: Results, docs: Path) -> list[Path]:
     drawn = pictures.save(figures.FIGURES, results, docs / "images")
     files = []
     for name, text in ((PAGE, page(results)), (TABLES, tables(results))):
-        write_atomically(docs / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        write_atomically(docs / name, partial(Path.write_text, data=text, encoding="utf-8"))
         files.append(docs / name)
     return files + drawn
 

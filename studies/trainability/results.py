@@ -50,7 +50,8 @@ class Runs:
         self.conditions: dict[str, dict[str, Any]] = of_stage["conditions"]
         self._accuracy: dict[tuple[str, int], float] = {(run["arm"], run["seed"]): run["accuracy"] for run in results["runs"]}
         self._one_path: dict[tuple[str, int], bool] = {
-            (run["arm"], run["seed"]): run["top_path_share"] >= self.protocol["failed"]["one_path"] for run in results["runs"]
+            (run["arm"], run["seed"]): (run["top_path_share"] or 0.0) >= self.protocol["failed"]["one_path"]
+            for run in results["runs"]
         }
         # of a study that is not finished: the seeds that are whole
         self.seeds = [

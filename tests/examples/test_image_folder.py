@@ -10,6 +10,7 @@ from torch import Tensor
 
 from examples.image_classification import data
 from examples.image_classification.config import Config
+from examples.shared.command import ExperimentError
 
 GREEN = (0, 255, 0)
 CLASSES = ["a", "b", "c"]
@@ -105,7 +106,7 @@ def test_photographs_are_turned_as_their_exif_says(tmp_path):
 def test_files_that_are_no_images_are_left_out(tmp_path):
     paint(tmp_path / "a" / "one.png")
     paint(tmp_path / "loose.png")  # in no class
-    for name in ("notes.txt", "Thumbs.db", "movie.gif"):
+    for name in ("notes.txt", "Thumbs.db", "movie.mp4"):
         (tmp_path / "a" / name).write_text("no image")
     only(tmp_path)
 
@@ -151,3 +152,57 @@ def test_mnist_is_four_digits_of_28_pixels_and_can_be_resized(monkeypatch):
     assert torch.equal(small.labels, plain.labels)
     assert chosen.classes == ["9", "0"]
     assert torch.equal(chosen.images[chosen.labels == 0], raw[0][raw[1] == 9])
+
+
+# --- formats and transparency
+
+
+@pytest.mark.parametrize("suffix", ["webp", "WEBP", "gif", "bmp", "tiff", "ppm", "jfif", "avif", "jp2"])
+def test_other_formats_are_read(tmp_path, suffix):
+    written = {"jfif": "jpeg", "ppm": "ppm", "jp2": "jpeg2000"}.get(suffix.lower(), suffix.lower())
+    Image.init()
+    if written.upper() not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {written}")
+    paint(tmp_path / "a" / f"one.{suffix}", (10, 200, 30), format=written)
+    assert (only(tmp_path) - torch.tensor((10, 200, 30))[:, None, None]).abs().max() <= 6
+
+
+@pytest.mark.parametrize("suffix", ["heic", "jxl", "svg", "NEF"])
+def test_formats_that_are_not_read_are_counted_and_named(tmp_path, suffix):
+    paint(tmp_path / "b" / "one.png")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / f"one.{suffix}").write_bytes(b"ftypheic")
+    with pytest.raises(ExperimentError, match=rf"got 1 of 2, the first a.one\.{suffix}; mend them, save them as JPEG or PNG"):
+        load(tmp_path)
+
+
+def test_floating_point_pixels_are_counted_among_the_unreadable(tmp_path):
+    paint(tmp_path / "b" / "one.png")
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.full((12, 12), 0.5, np.float32)).save(tmp_path / "a" / "one.tiff")
+    with pytest.raises(ExperimentError, match=r"got 1 of 2, the first a.one\.tiff"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "expected"),
+    [
+        ("RGBA", (200, 10, 10, 0), (255, 255, 255)),  # the colour under it is not seen
+        ("RGBA", (200, 0, 100, 51), (244, 204, 224)),  # a fifth of it, four of white
+        ("LA", (0, 0), (255, 255, 255)),
+        ("LA", (0, 102), (153, 153, 153)),
+    ],
+)
+def test_what_is_transparent_lies_on_white(tmp_path, mode, color, expected):
+    paint(tmp_path / "a" / "one.png", color, mode)
+    assert (only(tmp_path) - torch.tensor(expected)[:, None, None]).abs().max() <= 1
+
+
+def test_a_palette_or_a_colour_may_be_transparent_too(tmp_path):
+    image = Image.new("P", (12, 12), 0)
+    image.putpalette([10, 20, 30, 0, 0, 0])
+    (tmp_path / "a").mkdir()
+    image.save(tmp_path / "a" / "one.png", transparency=bytes([0, 255]))
+    assert only(tmp_path).unique().tolist() == [255]
+    paint(tmp_path / "a" / "one.png", (10, 20, 30), transparency=(10, 20, 30))
+    assert only(tmp_path).unique().tolist() == [255]

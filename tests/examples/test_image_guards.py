@@ -57,7 +57,8 @@ def test_a_damaged_file_is_named(photos, tmp_path, capsys, name):
     assert main(command(photos, tmp_path, "--resume")) == 1
     message = capsys.readouterr().err
     assert message.startswith(f"error: cannot read {tmp_path / name}: ")
-    assert "delete that file, or begin anew with --overwrite" in message
+    last = "choose another --out" if name == "config.json" else "delete that file, or begin anew with --overwrite"
+    assert last in message
 
 
 def test_a_run_that_diverges_is_reported_and_its_json_is_valid(photos, tmp_path, capsys):
@@ -65,7 +66,11 @@ def test_a_run_that_diverges_is_reported_and_its_json_is_valid(photos, tmp_path,
     assert "nan" in capsys.readouterr().out
     text = (tmp_path / "results.json").read_text()
     assert "NaN" not in text
-    assert json.loads(text)["summary"]["spectral"]["novel_loss_after"]["mean"] is None
+    summary = json.loads(text)["summary"]["spectral"]
+    assert summary["novel_loss_after"]["mean"] is None
+    # what argmax makes of NaN is no answer, right or wrong, and no path
+    assert [summary[name]["mean"] for name in ("accuracy", "novel_accuracy_before", "novel_accuracy_after")] == [0, 0, 0]
+    assert summary["paths_used"]["mean"] is summary["top_path_share"]["mean"] is None
     # from the saved parts alone, too
     assert main(command(photos, tmp_path, "--lr=1e30", "--resume")) == 0
     assert (tmp_path / "results.json").read_text() == text

@@ -64,6 +64,7 @@ RULES = [
     ("--batch-size 1", "--batch-size must be at least 2 .*, got 1$"),
     ("--anchor -1", "--anchor must be at least 0, got -1$"),
     *each("image-size samples-per-class", "0 7", "--{name} must be at least 8, got {value}$"),
+    *each("image-size", "1025 1000000000", "--{name} must be at most 1024, got {value}$"),
     *each("lr oneshot-lr", "0.0 -0.1 inf nan", "--{name} must be a finite number above 0, got {value}$"),
     *each("alpha beta", "-0.1 inf nan", "--{name} must be a finite number of at least 0, got {value}$"),
     *each("temperature", "0.0 -1.0 inf nan", '--{name} must be a finite number above 0, or "auto", got {value}$'),
@@ -84,7 +85,7 @@ RULES = [
 DATA = [
     ("--data {root}/nowhere", r"--data must be mnist, cifar10 or a folder, got .*nowhere, which is no folder$"),
     ("--data {root}/file", r"--data must be .* a folder, got .*file, which is no folder$"),
-    ("--data {root}/empty", r".*empty must hold one subfolder of JPEG or PNG images for each class, got no image in it$"),
+    ("--data {root}/empty", r".*empty must hold one subfolder of images for each class \(.*\), got no image in it$"),
     ("--data {root}/bare", r".*bare must hold .* got no image in it$"),
     ("--data {root}/flat", r".*flat must hold one subfolder .* got no image in it$"),
     ("--data {root}/single", r"the data must have at least two classes, got ant in .*single$"),
@@ -99,12 +100,18 @@ DATA = [
     ("--data {root}/hollow", r"every class needs at least 9 images .*, got 0 in class 'bee'"),
     (
         "--data {root}/above",
-        r"at most 1% of the images may be unreadable, got 3 of 200, the first bee.000\.png; mend or remove",
+        r"at most 1% of the images may be unreadable, got 3 of 200, the first bee.000\.png; mend them, save them as",
     ),
     ("--data {root}/good --device tpu9", r"--device must be one that PyTorch can use here, got tpu9: "),
     ("--data {root}/good --device cuda:99", r"--device must be one that PyTorch can use here, got cuda:99: "),
     # a device that holds no numbers; to run on the CPU instead, and not say so, would be wrong as well
     ("--data {root}/good --device meta", r"--device must be one that PyTorch can use here: auto, cpu or cuda, got meta"),
+    (
+        "--data {root}/good --dim 1000000000",
+        r"the network must fit into memory, got [\d,]+ parameters, which take [\d,]+ GiB in training, where there are [\d,]+; "
+        "lower --dim, --hidden, --experts or --layers$",
+    ),
+    ("--data {root}/good --experts 1000000000 --hidden 1000000", r"the network must fit into memory, got [\d,]+ parameters"),
     ("--data {root}/good --out {root}/file", r"cannot write .*file"),
     ("--data {root}/good --out {root}/file/below", r"cannot write .*file.below"),
 ]
@@ -164,6 +171,19 @@ def test_exactly_one_unreadable_percent_is_allowed_and_told(root, tmp_path, caps
     assert any(line.startswith("skipped 2, read ") for line in told)
     lines = [line for line in told if "not readable" in line]
     assert [Path(line.split(": ")[1]).name for line in lines] == ["000.png", "scan [old].png"]
+
+
+def test_compile_without_a_compiler(root, tmp_path, capsys, monkeypatch):
+    def fail(function):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nand a long story")
+
+    monkeypatch.setattr("torch.compile", fail)
+    assert main([*QUICK, "--data", str(root / "good"), "--out", str(tmp_path / "out"), "--compile"]) == 1
+    told = sentence(capsys.readouterr().err)
+    assert re.match(
+        r"--compile needs a compiler that torch can use .*got none: Failed to find C compiler.*leave --compile out$", told
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_presets_need_more_images_than_the_embedded_ones(capsys, tmp_path):

@@ -9,8 +9,10 @@ from safetensors.torch import load_file
 from transformer_worker import arguments, write_domains
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.shared.storage import read_json, write_json
 from examples.transformer_moe import arms, config, data, model, train
 from examples.transformer_moe.__main__ import main
+from examples.transformer_moe.whole import WHOLE, is_whole, seal
 from spectral_router import find_gates
 from spectral_router.functional import stable_rank
 
@@ -125,7 +127,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(ran: Path, text: Path, tmp
     interrupted([("train", 5), ("adapt", 3)])
     flags = arguments(text, tmp_path, "--arms", arm)
     assert main(flags) == 130
-    assert (tmp_path / "work" / f"{arm}-seed0" / "train" / "checkpoint-3" / train.WHOLE).exists()
+    assert (tmp_path / "work" / f"{arm}-seed0" / "train" / "checkpoint-3" / WHOLE).exists()
     # what a kill in the middle of saving leaves
     half = tmp_path / "work" / f"{arm}-seed0" / "train" / "checkpoint-5"
     half.mkdir()
@@ -190,3 +192,48 @@ def test_each_seed_has_batches_of_its_own_that_all_arms_share(text: Path, tmp_pa
     starts = [model.build(settings, seed).lm_head.weight for seed in (0, 0, 1)]
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
+
+
+def test_a_damaged_checkpoint_is_left_aside(ran: Path, text: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    from transformer_worker import interrupted
+
+    monkeypatch.setattr(train.Watch, "__init__", train.Watch.__init__)
+    monkeypatch.setattr(train.Watch, "on_step_end", train.Watch.on_step_end)
+    interrupted([("train", 5), ("adapt", 3)])
+    flags = arguments(text, tmp_path, "--arms", "both")
+    assert main(flags) == 130
+    weights = tmp_path / "work" / "both-seed0" / "train" / "checkpoint-3" / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-5] ^= 1  # one bit of one weight
+    weights.write_bytes(bytes(raw))
+    assert main([*flags, "--resume"]) == 130  # from the start, as no other one is whole
+    assert main([*flags, "--resume"]) == 0
+    assert without_times(results(tmp_path))["both"] == without_times(results(ran))["both"]
+    # what the second phase begins with
+    part = tmp_path / "parts" / "both-seed0.json"
+    saved = read_json(part)
+    write_json(part, {key: value for key, value in saved.items() if key not in ("adapt", "complete")})
+    (tmp_path / "models" / "both-seed0" / "config.json").write_text("[]")
+    capsys.readouterr()
+    assert main([*flags, "--resume"]) == 1
+    assert "both-seed0: it is not as it was written; begin anew with --overwrite" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_folder_is_whole_or_not(tmp_path: Path) -> None:
+    assert not is_whole(tmp_path)
+    (tmp_path / "a").mkdir()
+    for name in ("one", "a/two"):
+        (tmp_path / name).write_text(name)
+    assert not is_whole(tmp_path)
+    seal(tmp_path)
+    assert is_whole(tmp_path)
+    changes = [("one", "onf"), ("a/two", ""), ("new", "new"), (WHOLE, "{}"), (WHOLE, "[]"), (WHOLE, "")]
+    for name, text in changes:
+        (tmp_path / name).write_text(text)
+        assert not is_whole(tmp_path), name
+        (tmp_path / "new").unlink(missing_ok=True)
+        for kept in ("one", "a/two"):
+            (tmp_path / kept).write_text(kept)
+        seal(tmp_path)
+    (tmp_path / "one").unlink()
+    assert not is_whole(tmp_path)

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from examples.shared.command import ExperimentError
-from studies.decoupled import __main__ as study
+from examples.shared.storage import read_json, write_json
+from studies.decoupled import study
+from studies.decoupled.__main__ import main
 
 pytestmark = pytest.mark.slow
 
@@ -14,17 +16,17 @@ pytestmark = pytest.mark.slow
 def test_a_run_is_resumed_and_its_table_marks_the_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "COEFFICIENTS", (0.1, 10.0))
     flags = ["--out", str(tmp_path / "run"), "--seeds", "2", "--steps", "2"]
-    assert study.main(flags) == 0
+    assert main(flags) == 0
     file = tmp_path / "run" / "results.json"
-    results = json.loads(file.read_text())
+    results = read_json(file)
     assert len(results["cells"]) == 2 * (1 + 2 * 2)
     values = list(results["cells"].values())
     assert len({value["task"] for value in values}) > 5
     # one cell is lost; the others are kept to the digit
     lost = study.Cell(1, "decoupled", 10.0).name
     kept = results["cells"].pop(lost)
-    file.write_text(json.dumps(results))
-    assert study.main([*flags, "--resume"]) == 0
+    write_json(file, results)
+    assert main([*flags, "--resume"]) == 0
     again = json.loads(file.read_text())["cells"]
     assert again[lost] == pytest.approx(kept)
     table = (tmp_path / "run" / "tables.md").read_text()
@@ -47,7 +49,7 @@ def test_the_choice_is_within_the_slack() -> None:
 
 
 def test_a_folder_with_a_run_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text(json.dumps({"settings": {"seeds": 1, "steps": 2}, "cells": {}}))
+    write_json(tmp_path / "results.json", {"settings": {"seeds": 1, "steps": 2}, "cells": {}})
     with pytest.raises(ExperimentError, match="already holds a run; pass --resume"):
         study.run(tmp_path, 1, 2, resume=False)
     with pytest.raises(ExperimentError, match="needs the settings that the run"):

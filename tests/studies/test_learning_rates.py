@@ -210,7 +210,7 @@ def test_bad_input(tmp_path, capsys):
     bad.write_text("[settings]\nlayers = 1\n")
     assert main(["run", "--protocol", str(bad), "--out", str(tmp_path / "o")]) == 1
     assert "must have the sections of study.toml" in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(ExperimentError, match="may set the flags"):
+    with pytest.raises(ExperimentError, match="colour is no setting; there are"):
         protocol.config_of({"settings": {"colour": 1}, "models": {"m": {}}}, "m")
     (tmp_path / "r.json").write_text(json.dumps({"protocol": {"models": {}}, "runs": []}))
     assert main(["page", "--results", str(tmp_path / "r.json"), "--docs", str(tmp_path)]) == 1

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from examples.image_classification.config import Config
 from examples.shared.command import ExperimentError
+from examples.shared.storage import write_json
 from studies import queue
 from studies.reproduction import choice, protocol, saved
 from studies.reproduction.__main__ import main
@@ -231,7 +233,7 @@ def test_a_folder_is_of_one_protocol_and_of_one_set_of_images(tiny, tmp_path, ca
     command = ["run", "--protocol", str(tiny), "--out", str(tmp_path / "out"), "--only", "main.digits-2x2.baseline.seed0"]
     assert main(command) == 0
     (images,) = (tmp_path / "out" / "images").iterdir()
-    images.write_text('"other"', encoding="utf-8")
+    write_json(images, {"digest": "other"})
     (tmp_path / "out" / "parts" / "main.digits-2x2.baseline.seed0.json").unlink()
     assert main(command) == 1
     assert "--photos must be the images that --out began with" in capsys.readouterr().err
@@ -248,6 +250,57 @@ def test_bad_input_gets_a_sentence(tiny, tmp_path, capsys):
     assert "--protocol must be a readable TOML file" in capsys.readouterr().err
     assert main(["page", "--results", str(tmp_path / "none.json")]) == 1
     assert "--results must be a file that `run` wrote" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        (TINY, 'name = "another program"', r"it must be of the form of study.toml \(KeyError: 'data'\)"),
+        (TINY, "", r"it must be of the form of study.toml \(KeyError"),
+        ("dim = 8", 'dim = "8"', "--dim must be a whole number, got 8"),
+        ("epochs = 1", "epochs = 1.5", "--epochs must be a whole number, got 1.5"),
+        ("epochs = 1", "epochs = 0", "--epochs must be at least 1, got 0"),
+        ("dim = 8", "dims = 8", "dims is no setting; there are data, "),
+        ('classes = ["3", "5"]', 'classes = "3"', "--classes must be a list, got 3"),
+        ("[0, 2]", "[0]", "it must be of the form of study.toml"),
+        ("[0, 2]", '"all"', "it must be of the form of study.toml"),
+        ('seeds = [1000, 1]\nwithin = "val"', 'seeds = [1000, 1]\nwithin = "train"', "--within must be test or val, got train"),
+        ('scope = "path"', 'scope = "paths"', "--scope must be one of all, experts, path, got paths"),
+        ("rates = [1e-2]", "rates = [-1.0]", "--oneshot-lr must be a finite number above 0, got -1.0"),
+        ("rates = [1e-2]", 'rates = ["fast"]', "--oneshot-lr must be a number, got fast"),
+        ('rules = ["first"]', 'rules = ["third"]', r"it must be of the form of study.toml \(StopIteration"),
+        ('center = "spectral"', 'center = "clustering"', "--center must be one of the sweep's arms, got clustering"),
+        ("plasticity = 0.001", 'plasticity = "some"', "--plasticity must be a number, got some"),
+        ("anchor = 4", "anchor = 4\noneshot_steps = 2", "--oneshot-steps must be 1, got 2"),
+        ('routers = ["baseline", "spectral"]', "routers = 3", "it must be of the form of study.toml"),
+    ],
+)
+def test_a_protocol_of_another_form_is_refused_before_the_work(before, after, says, tmp_path, capsys):
+    assert before in TINY
+    file = tmp_path / "other.toml"
+    file.write_text(TINY.replace(before, after, 1), encoding="utf-8")
+    assert main(["run", "--protocol", str(file), "--out", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().err
+    assert re.match(rf"error: --protocol {file}: {says}", told), told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "7", "{}", '{"protocol": {}, "runs": []}', '{"protocol": {"main": {"phases": {}}}, "runs": [{"stage": "main"}]}'],
+)
+def test_results_of_another_program_make_no_page(text, tmp_path, capsys):
+    file = tmp_path / "results.json"
+    file.write_text(text)
+    assert main(["page", "--results", str(file), "--docs", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("error: --results must be a file that `run` wrote")
+
+
+def test_a_folder_of_another_run_is_not_mixed_with(tiny, tmp_path, capsys):
+    (tmp_path / "parts").mkdir()
+    assert main(["run", "--protocol", str(tiny), "--out", str(tmp_path)]) == 1
+    assert "--out must be a folder of this study or a new one" in capsys.readouterr().err
 
 
 def test_other_images_in_one_study_are_refused():

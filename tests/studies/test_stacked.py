@@ -11,7 +11,8 @@ from examples.image_classification.config import Config
 from examples.image_classification.data import ImageSet, Split
 from examples.shared.command import ExperimentError
 from studies.oneshot import stacked
-from studies.oneshot.stacked import Rule, adapt_stacked
+from studies.oneshot.rule import Rule
+from studies.oneshot.stacked import adapt_stacked
 
 CONFIG = Config(layers=2, experts=3, dim=8, hidden=6, novel=2, anchor=5, batch_size=8, epochs=2, alpha=0.3, beta=0.7)
 # rates at which updates flip some of the images held out

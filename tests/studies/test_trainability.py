@@ -104,4 +104,4 @@ def test_a_tiny_study_runs_and_goes_on(tmp_path, capsys):
     assert results.Runs(found).seeds == [0]
     (tmp_path / "bad.toml").write_text("[settings]\n")
     assert main(["run", "--protocol", str(tmp_path / "bad.toml"), "--out", str(tmp_path / "other")]) == 1
-    assert "must have the sections of study.toml" in " ".join(capsys.readouterr().err.split())
+    assert "bad.toml: it must be of the form of study.toml (KeyError: 'data')" in " ".join(capsys.readouterr().err.split())

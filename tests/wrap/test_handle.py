@@ -47,7 +47,7 @@ def test_loss_after_removal() -> None:
     handle = wrap_moe(model)
     model(tokens())
     handle.remove()
-    with pytest.raises(RuntimeError, match="no term"):
+    with pytest.raises(RuntimeError, match="was removed from its model"):
         handle.loss()
 
 

@@ -1,18 +1,7 @@
-"""One picture of what wrap_moe does: a mixture of experts, trained with its default term, with the penalty alone, and without.
-
-    python -m examples.what_it_does --out what_it_does.png
-
-The tokens come from eight groups, and each group asks for a linear map of its own. All share one strong direction, as hidden
-states of language models do: a gate that follows it sends everything to the same experts. A linear gate sends every token to
-two of eight linear experts. Everything is drawn from a seed; the three versions of a seed start equal and see equal batches.
-
-Two settings were tried, each once. Without the shared direction (SHIFT = 0) the ranks part in the same way, and the load is
-nearly even in all three versions.
-"""
+"""The model, its training and the picture."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +16,8 @@ from spectral_router import functional, route, wrap_moe
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+
+FORMATS = tuple(sorted(Figure().canvas.get_supported_filetypes()))
 
 DIM, EXPERTS, TOP_K, TOKENS = 32, 8, 2, 256
 DEAD = 0.01  # of an even load
@@ -123,13 +114,9 @@ def dead(of_seeds: list[Curve]) -> int:
     return sum(bool(EXPERTS * curve.share.min() < DEAD) for curve in of_seeds)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m examples.what_it_does", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/what_it_does.png"), help="the picture (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=5, help="how many, a thin line and a dot each (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=600, help="of training (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    curves = {label: [train(seed, options.steps, arm) for seed in range(options.seeds)] for label, (arm, _) in ARMS.items()}
+def made(out: Path, seeds: int, steps: int) -> None:
+    """Train, print what became of the gates, and draw it into `out`."""
+    curves = {label: [train(seed, steps, arm) for seed in range(seeds)] for label, (arm, _) in ARMS.items()}
     for label, of_seeds in curves.items():
         rank = torch.stack([curve.rank[-1] for curve in of_seeds]).mean()
         least = EXPERTS * torch.stack([curve.share.min() for curve in of_seeds]).mean()
@@ -137,10 +124,4 @@ def main(arguments: list[str] | None = None) -> None:
             f"{label:18} stable rank {rank:.2f}, least used expert {least:.2f} of an even load, "
             f"dead in {dead(of_seeds)} of {len(of_seeds)} seeds"
         )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    draw(curves).savefig(options.out, dpi=130)
-    print(f"picture: {options.out}")
-
-
-if __name__ == "__main__":
-    main()
+    draw(curves).savefig(out, dpi=130)

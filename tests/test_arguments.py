@@ -167,7 +167,7 @@ def arrays() -> dict[str, Callable[[], object]]:
     }
 
 
-@pytest.mark.parametrize("name", arrays())
+@pytest.mark.parametrize("name", sorted(arrays()))
 def test_a_numpy_array_where_a_tensor_belongs(name: str) -> None:
     with pytest.raises(TypeError, match=r"must be (a )?tensors?, got ndarray"):
         arrays()[name]()

@@ -51,6 +51,8 @@ class FairseqMoE(nn.Module):
 class SparseGate(Recorder):
     """Returns sparse probabilities `(tokens, experts)` and a boolean map; its layer is not called, its weight is used."""
 
+    expert_bias: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.wg = nn.Linear(DIM, EXPERTS, bias=False)

@@ -8,7 +8,7 @@ import pytest
 from examples.image_classification.config import ROUTERS
 from examples.shared.figures import lanes
 from examples.shared.palette import ARMS, CLASSES, NEUTRAL, color
-from examples.what_it_does import ARMS as SMALL
+from examples.what_it_does.picture import ARMS as SMALL
 from studies.cnn_experts.config import ARMS as CNN
 from studies.regularizers.arms import ARMS as REGULARIZERS
 

@@ -25,8 +25,8 @@ def gate_param_groups(
 ) -> list[dict[str, Any]]:
     """Groups for any torch optimizer in which the router gates learn at `gate_lr_scale * lr`.
 
-    At high rates a linear gate grows and hardens before its experts have learnt anything; a slower gate is the simplest remedy.
-    A schedule scales both rates alike. Call it before or after `wrap_moe`, after PEFT and sharding.
+    At high rates a linear gate grows and hardens before its experts have learnt anything, and some get no tokens; slower gates
+    leave fewer experts dead. A schedule scales both rates alike. Call it before or after `wrap_moe`, after PEFT and sharding.
 
     Args:
         model: any module with router gates.

@@ -17,7 +17,6 @@ from .claims import REFUTED, SHOWN, Test
 from .results import BASE, OUTCOMES, Arms, Outcome
 
 PAGE, TABLES = "learning_rates.md", "learning_rates_tables.md"
-LOSSES = ("best", "twice", "four times", "sensitivity")
 COMMAND = "python -m studies.learning_rates"
 
 
@@ -39,9 +38,9 @@ def page(results: Results) -> str:
         "# Learning rates",
         "Does a router that is held back stand higher learning rates, and is it the spectrum that matters?\n"
         f"{_setting(every)} The protocol (`studies/learning_rates/study.toml`) was fixed before the test runs.",
+        lead(every),
         f"![Validation loss against the learning rate, an arm a curve](images/learning_rates.png)\n\n{_caption()}",
         *(answer(arms) for arms in every),
-        "## What to do with it\n\n" + advice(every),
         "## Arms\n\n" + arms_table(results, every),
         f"All outcomes, all rates: [tables](learning_rates_tables.md). Made by `{COMMAND} run` and `{COMMAND} page`.",
     ]
@@ -49,43 +48,46 @@ def page(results: Results) -> str:
 
 
 def answer(arms: Arms) -> str:
-    """Three sentences: at the best rate, above it, and what survives."""
+    """An outcome a line, against doing nothing: who is shown to be better or worse, and which claim survives."""
     tests = claims.all_tests(arms)
     head = f"## {arms.model}: {len(arms.seeds)} seeds"
     lines = []
-    for outcome in OUTCOMES[:4]:
+    for outcome in OUTCOMES[:5]:
         found = tests[outcome.name]
         better = sorted((t for t in found.values() if t.verdict == SHOWN), key=_mean)
-        worse = [t for t in found.values() if t.verdict == REFUTED]
+        worse = sorted((t for t in found.values() if t.verdict == REFUTED), key=_mean)
         text = f"**{outcome.says[0].upper()}{outcome.says[1:]}.** "
-        text += (
-            f"Shown to be lower than without anything: {_list(better, outcome)}." if better else "No arm is shown to be lower."
-        )
+        if outcome.name == "dead":
+            level = interval(list(arms.outcome(BASE, "dead").values()))
+            text += f"Without anything {level['mean']:.1f} ± {level['ci95']:.1f} of {arms.experts}. "
+        text += f"Shown to be lower: {_list(better, outcome)}." if better else "Not shown to be lower in any arm."
         if worse:
             text += f" Shown to be higher: {_list(worse, outcome)}."
-        text += f" Claim that survives: {claims.survives(arms, outcome.name)}."
+        if better or worse:
+            text += f" Claim that survives: {claims.survives(arms, outcome.name)}."
         lines.append(f"- {text}")
-    dead = {arm: interval(list(arms.outcome(arm, "dead").values()))["mean"] for arm in arms.arms}
-    lines.append(
-        f"- **Dead experts** at the best rate, of {arms.experts}: none {dead[BASE]:.1f}; "
-        + "; ".join(f"{arm} {dead[arm]:.1f}" for arm in sorted(dead, key=dead.__getitem__)[:4])
-        + "."
-    )
     return "\n".join([head, "", *lines])
 
 
-def advice(every: list[Arms]) -> str:
-    """By the same rule whatever the results: what is shown on sensitivity or at the best rate in every model."""
-    shown: dict[str, set[str]] = {}
-    for name in LOSSES:
-        by_model = [{a for a, t in claims.against_none(arms, name).items() if t.verdict == SHOWN} for arms in every]
-        shown[name] = set.intersection(*by_model)
-    rows = [
-        f"- {next(o.says for o in OUTCOMES if o.name == name)}: "
-        + (", ".join(sorted(found)) if found else "nothing is shown in every model")
-        for name, found in shown.items()
-    ]
-    return "Shown to be lower than without anything in every model of the study:\n\n" + "\n".join(rows)
+def lead(every: list[Arms]) -> str:
+    """What is shown in every model, by the same rule whatever the results."""
+    shown = {outcome.name: _in_every(every, outcome.name) for outcome in OUTCOMES}
+    models = f"all {len(every)} models" if len(every) > 1 else "this model"
+    losses = [f"{outcome.says}: {_or_none(shown[outcome.name])}" for outcome in OUTCOMES[:4]]
+    return (
+        f"**In {models} shown to be lower than without anything** ({', '.join(arms.model for arms in every)}):\n\n- "
+        + "\n- ".join([*losses, f"dead experts: **{_or_none(shown['dead'])}**"])
+        + "\n\nA paired test over the seeds, corrected for the number of arms (Holm); “not shown” is no proof of nothing."
+    )
+
+
+def _in_every(every: list[Arms], outcome: str) -> list[str]:
+    shown = [{arm for arm, test in claims.against_none(arms, outcome).items() if test.verdict == SHOWN} for arms in every]
+    return [arm for arm in every[0].arms if all(arm in of_model for of_model in shown)]
+
+
+def _or_none(arms: list[str]) -> str:
+    return ", ".join(arms) if arms else "no arm"
 
 
 def arms_table(results: Results, every: list[Arms]) -> str:
@@ -94,7 +96,7 @@ def arms_table(results: Results, every: list[Arms]) -> str:
         [
             arm,
             settings["says"].replace("|", "\\|"),
-            *(f"{arms.strength(arm):g}" if "strengths" in settings else "–" for arms in every),
+            *_strengths(every, arm, settings),
         ]
         for arm, settings in results["protocol"]["arms"].items()
         if all(arm in arms.arms for arms in every)

@@ -191,7 +191,9 @@ def _of_another(trace: Trace, gate: Gate, read: list[Tensor] | None) -> Verdict:
 
 def _unseen(trace: Trace, gate: Gate, read: list[Tensor] | None) -> Verdict:
     """Of a gate that ran, and whose probabilities are those of no scores: what is read is a guess, and is said to be one."""
-    if not read or gate.adapter is not None or (trace.watched is not None and id(gate.matrix) not in trace.watched):
+    unwatched = trace.watched is not None and id(gate.matrix) not in trace.watched
+    another = gate.adapter is not None or type(gate.matrix) not in (Tensor, nn.Parameter)  # it may compute out of sight
+    if not read or trace.sharded or unwatched or another:
         return Verdict()
     told = torch.cat([tensor.detach().reshape(-1, gate.num_experts).float() for tensor in read])
     for event in trace.events:

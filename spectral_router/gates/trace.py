@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten_with_path, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .._sharding import sharded
 from .nodes import (
     CHOOSING,
     FAR,
@@ -54,6 +55,7 @@ class Trace(TorchDispatchMode):
         self.ordered = watched is None or others
         self.keep, self.kept = kept, defaultdict[int, list[Any]](list)  # whole calls of some modules, by id
         self.model, self.watched = model, watched
+        self.sharded = sharded(model)  # what is not seen then may yet have been computed
         self.nodes: Any = WeakIdKeyDictionary()
         self.events: list[Event] = []
         self.others: list[Event] = []

@@ -12,8 +12,10 @@ from torch import nn
 from ..balance.formulas import router_z_loss
 from ..balance.losses import RouterZLoss
 from ..gates.gate import Gate
+from ..gates.quantised import quantised
 from ..penalties.formulas import stable_rank
 from .second_loss import engines_own
+from .weights import learns_from
 
 # So many forwards in a row whose loss saw no backward are taken as a sign that nobody uses that loss.
 UNUSED = 8
@@ -121,7 +123,12 @@ class Advice:
                 "nothing is added for them: call handle.remove() and wrap_moe again, after the engine is set up",
             )
 
-    def after_first_forward(self, frozen: list[str], idle: list[str], buffers: list[str], quantised: list[str]) -> None:
+    def after_first_forward(self, gates: list[tuple[Gate, bool]]) -> None:
+        """Of the gates of this part, each with whether it ran."""
+        stored = [gate.name for gate, _ in gates if quantised(gate.matrix)]
+        buffers = [gate.name for gate, _ in gates if gate.buffered and gate.name not in stored]
+        frozen = [gate.name for gate, _ in gates if not learns_from(gate) and gate.name not in stored]
+        idle = [gate.name for gate, ran in gates if not ran and gate.name not in (*frozen, *stored)]
         if buffers:
             self.say(
                 "buffers",
@@ -129,10 +136,10 @@ class Advice:
                 f"loss moves only what lies before it: {', '.join(buffers)}; make it a parameter, or leave the gate out with "
                 f"exclude={buffers}",
             )
-        if quantised:
+        if stored:
             self.say(
                 "quantised",
-                f"quantised gates are read but left alone, as their whole numbers do not learn: {', '.join(quantised)}; keep "
+                f"quantised gates are read but left alone, as their whole numbers do not learn: {', '.join(stored)}; keep "
                 "them out of the quantisation (torchao: filter_fn of quantize_; transformers: modules_to_not_convert)",
             )
         if frozen:

@@ -95,7 +95,7 @@ class MoEHandle(Recorder):
             RuntimeError: the term is in the model's loss already, was taken already, there was no training forward, or the
                 handle was removed.
         """
-        self._there()
+        self.still_there()
         term, fate = self.step.term, self.step.fate
         if term is None and self.step.evaluated and not self.step.fate:
             return torch.zeros((), device=self.device)
@@ -113,10 +113,6 @@ class MoEHandle(Recorder):
         term = term if share == 1.0 else term * share
         self.step.term, self.step.fate = None, "was taken by handle.loss() already; call it once a forward"
         return term
-
-    def _there(self) -> None:
-        if not self.attached:
-            raise RuntimeError("this handle was removed from its model; call wrap_moe(model) for another one")
 
     def attach(self, optimizer: Any, *, decoupled: bool = False, every: int = 1, group: Any = None) -> None:
         """Deliver the term at the optimizer's step from now on, in place of the loss.
@@ -146,7 +142,7 @@ class MoEHandle(Recorder):
         self._attach(optimizer, decoupled, every, True, group)
 
     def _attach(self, optimizer: Any, decoupled: bool = False, every: int = 1, alone: bool = False, group: Any = None) -> None:
-        self._there()
+        self.still_there()
         self._find_replaced()
         stepper = check_optimizer(self.gates, self.model, optimizer)
         if self.at_step is not None:

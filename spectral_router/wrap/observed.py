@@ -102,7 +102,8 @@ class Observed:
                 doubtful[verdict.message].append(tap.gate.name)
             elif error is not None:
                 raise error
-        if trace.ordered and trace.failed is None and (names := missed(trace, trace.model, recorder.gates)):
+        sure = trace.ordered and not trace.sharded and trace.failed is None
+        if sure and (names := missed(trace, trace.model, recorder.gates)):
             recorder.advice.say(
                 "missed",
                 f"the first training forward shows more gates than were found: {', '.join(names)}; nothing is added for them: "

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .._sharding import whole
 from ..gates.gate import Gate
-from ..gates.quantised import quantised
 from .advice import Advice
 from .arrival import followed, number_of
 from .at_step import AtStep
@@ -32,7 +31,7 @@ from .objective import Objective
 from .observed import Observed
 from .step import Call, Step, Tap
 from .watch import unwatch, watch
-from .weights import learns_from, trainable
+from .weights import trainable
 
 
 class Recorder(Objective):
@@ -233,17 +232,16 @@ class Recorder(Objective):
         self.step.shared = isinstance(share, Tensor)
         return total * (share.to(total.device) if isinstance(share, Tensor) else share)
 
+    def still_there(self) -> None:
+        if not self.attached:
+            raise RuntimeError("this handle was removed from its model; call wrap_moe(model) for another one")
+
     def _look_round(self, calls: list[tuple[int, Call]], arguments: dict[str, Any]) -> None:
         if self.advice.once(f"first forward of {self.part}"):
             if arguments.get("output_router_logits"):
                 self.advice.own_loss(self.model, self.balance)
             ran = {number for number, _ in calls}
-            mine = [(i, gate, gate.name) for i, gate in enumerate(self.gates) if self.runs(i)]
-            stored = [name for _, gate, name in mine if quantised(gate.matrix)]
-            buffers = [name for _, gate, name in mine if gate.buffered and name not in stored]
-            still = [name for _, gate, name in mine if not learns_from(gate) and name not in stored]
-            idle = [name for i, _, name in mine if i not in ran and name not in (*still, *stored)]
-            self.advice.after_first_forward(still, idle, buffers, stored)
+            self.advice.after_first_forward([(g, i in ran) for i, g in enumerate(self.gates) if self.runs(i)])
 
     def _look_at_evaluation(self, output: Any) -> None:
         loss = None if torch.compiler.is_compiling() else loss_of(output)

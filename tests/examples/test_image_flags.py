@@ -40,6 +40,7 @@ OTHER = {
     "epochs": ("4", 4),
     "batch_size": ("2", 2),
     "lr": ("1e-2", 0.01),
+    "gate_lr_scale": ("0.1", 0.1),
     "scope": ("path", "path"),
     "oneshot_optimizer": ("sgd", "sgd"),
     "oneshot_lr": ("0.5", 0.5),

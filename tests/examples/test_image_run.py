@@ -29,7 +29,7 @@ def run(photos, tmp_path_factory) -> Run:
 
 def test_every_file_is_there_and_none_too_many(run):
     names = [f"{router}-seed{seed}" for router in ROUTERS for seed in (0, 1)]
-    expected = {"config.json", "results.json", "tables.md"}
+    expected = {"config.json", "results.json", "tables.md", ".lock"}
     expected |= {f"models/{name}.pt" for name in names} | {f"parts/{name}.json" for name in names}
     expected |= {f"figures/{name}.png" for name in PICTURES}
     assert {path.relative_to(run.out).as_posix() for path in run.out.rglob("*") if path.is_file()} == expected
@@ -45,7 +45,7 @@ def test_pictures_show_something(run, name):
 
 def test_results_say_what_was_run(run, photos):
     results = run.results
-    assert set(results) == {"config", "device", "versions", "seeds", "data", "summary", "runs"}
+    assert set(results) == {"config", "device", "versions", "seeds", "data", "summary", "runs", "earlier_versions", "sha256"}
     assert config.Config(**results["config"]) == config.parse(run.arguments)[0]
     assert results["versions"]["torch"] == version("torch")
     assert results["versions"]["spectral-router"] == version("spectral-router")

@@ -53,7 +53,7 @@ def run(photos, tmp_path_factory) -> Run:
 
 def test_every_file_is_there_and_none_too_many(run):
     names = [f"{arm}-seed{seed}" for arm in ARMS for seed in (0, 1)]
-    expected = {"config.json", "results.json", "tables.md"} | {f"figures/{name}.png" for name in PICTURES}
+    expected = {"config.json", "results.json", "tables.md", ".lock"} | {f"figures/{name}.png" for name in PICTURES}
     expected |= {f"models/{name}.pt" for name in names} | {f"parts/{name}.json" for name in names}
     assert {path.relative_to(run.out).as_posix() for path in run.out.rglob("*") if path.is_file()} == expected
 

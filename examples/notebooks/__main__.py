@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m examples.notebooks", description=__doc__.splitlines()[0]).parse_args()
     for path in PATHS:
         with tempfile.TemporaryDirectory() as folder:
             notebook = executed(path, Path(folder))

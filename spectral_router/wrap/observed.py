@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,14 +59,23 @@ class Observed:
 
     def at_gate(self, recorder: Recorder, tap: Tap, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """As after the first forward, but what this computes is not the model's, and a failure may yet be put right."""
-        trace = self.trace
-        assert trace is not None
-        before, trace.paused = trace.paused, True
         try:
-            return recorder._note(tap, module, args, kwargs, output, torch.is_grad_enabled())
+            with self.aside():
+                return recorder._note(tap, module, args, kwargs, output, torch.is_grad_enabled())
         except Exception as problem:
             self.errors.setdefault(tap, problem)
             return None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is computed here is ours, not the model's."""
+        trace = self.trace
+        if trace is None:
+            yield
+            return
+        before, trace.paused = trace.paused, True
+        try:
+            yield
         finally:
             trace.paused = before
 

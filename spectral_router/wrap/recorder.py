@@ -140,7 +140,8 @@ class Recorder(Objective):
             if again is None:
                 tap.calls, tap.deferred = tap.calls[:-1], tap.deferred[:-1]
         if self.at_step is not None and self.at_step.alone:
-            return self.at_step.note(tap, args, kwargs, output) if self.step.open else None
+            with self.observed.aside():
+                return self.at_step.note(tap, args, kwargs, output) if self.step.open else None
         if self.observed.trace is not None:
             return self.observed.at_gate(self, tap, module, args, kwargs, output)
         return self._note(tap, module, args, kwargs, output, with_graph)

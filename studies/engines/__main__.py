@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -83,10 +84,22 @@ def table(engine: str, found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    flags = argparse.ArgumentParser(
+        prog="python -m studies.engines",
+        description="Measure on the engines themselves how many times the term arrives; keep results.json beside this file and "
+        "docs/engines_tables.md.",
+    )
+    flags.add_argument(
+        "engines", nargs="*", metavar="ENGINE", help=f"of {', '.join(ENGINES)} (default: all that are installed)"
+    )
+    wanted = flags.parse_args(arguments).engines
+    for engine in wanted:
+        if engine not in ENGINES:
+            flags.error(f"ENGINE must be any of {', '.join(ENGINES)}, got {engine}")
     results = HERE / "results.json"
     kept = json.loads(results.read_text()) if results.exists() else {}
-    for engine in sys.argv[1:] or ENGINES:
+    for engine in wanted or ENGINES:
         name = ENGINES[engine][1]
         if not installed(engine):
             print(f"{name} is not installed")

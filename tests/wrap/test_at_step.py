@@ -371,3 +371,44 @@ def test_gates_whose_logits_are_something_else_are_told() -> None:
     optimizer.step()
     slope = torch.autograd.grad(ALPHA * spectral_rank_penalty(w := model.gate.weight.detach().requires_grad_(), SIGMA), w)[0]
     assert (model.gate.weight.grad - task).norm() > 0.1 * slope.norm()
+
+
+class SparseRouter(nn.Module):
+    """As Megatron's: it hands out the chosen ones' probabilities and a map; its logits are read as W x of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 6, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        best, chosen = (x @ self.weight.mT).topk(2, dim=-1)
+        probs = torch.zeros(len(x), 4, dtype=x.dtype).scatter(-1, chosen, best.softmax(-1))
+        return probs, probs > 0
+
+
+class SparseBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = SparseRouter()
+        self.experts = nn.ModuleList(nn.Linear(6, 6, dtype=torch.float64) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        probs, _ = self.router(x)
+        return sum(p * expert(x) for p, expert in zip(probs.split(1, -1), self.experts, strict=True))
+
+
+def test_what_is_computed_for_the_step_is_not_taken_for_the_models() -> None:
+    """The first forward is watched: our own product with the matrix must not tell how the gate routes."""
+    torch.manual_seed(0)
+    model = SparseBlock()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    batches = [torch.randn(16, 6, dtype=torch.float64) for _ in range(3)]
+    weight = model.router.weight.detach().clone().requires_grad_()
+    balance = sum(load_balance_loss((x @ weight.mT).softmax(-1)) for x in batches) / len(batches)
+    (expected,) = torch.autograd.grad(BETA * balance, weight)
+    handle = wrap_moe(model, optimizer, penalty=None, balance_coef=BETA)
+    for x in batches:
+        (0 * model(x).sum()).backward()
+    optimizer.step()
+    assert handle.gates[0].module is model.router
+    torch.testing.assert_close(weight.detach() - model.router.weight.detach(), expected)

@@ -61,15 +61,10 @@ class Recorder(Objective):
         self.names = [argument_names(part) for part in parts]
         places = [{id(module) for module in part.modules()} for part in parts]
         within = [next((i for i, place in enumerate(places) if id(gate.module) in place), 0) for gate in gates]
-        self.taps = [
-            Tap(
-                gate,
-                "decoder_input_ids" in self.names[part] and "decoder" in gate.name.split("."),
-                part,
-                padding_position(gate.module),
-            )
-            for gate, part in zip(gates, within, strict=True)
-        ]
+        self.taps = []
+        for gate, part in zip(gates, within, strict=True):
+            decoding = "decoder_input_ids" in self.names[part] and "decoder" in gate.name.split(".")
+            self.taps.append(Tap(gate, decoding, part, padding_position(gate.module)))
         self.step = Step(self.taps)
         self.observed, self.by_names = Observed(), False  # all gates were asked for, and found by names
         self.at_step: AtStep | None = None  # where the term goes to the optimizer's step
@@ -241,8 +236,8 @@ class Recorder(Objective):
         if self.advice.once(f"first forward of {self.part}"):
             if arguments.get("output_router_logits"):
                 self.advice.own_loss(self.model, self.balance)
-            ran = {number for number, _ in calls}
-            self.advice.after_first_forward([(g, i in ran) for i, g in enumerate(self.gates) if self.runs(i)])
+            gates, ran = enumerate(self.gates), {number for number, _ in calls}
+            self.advice.after_first_forward([(g, i in ran) for i, g in gates if self.runs(i)])
 
     def _look_at_evaluation(self, output: Any) -> None:
         loss = None if torch.compiler.is_compiling() else loss_of(output)

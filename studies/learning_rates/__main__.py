@@ -28,6 +28,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     running.add_argument("--models", nargs="+", default=[], help="only these of the protocol's (default: all)")
     running.add_argument("--seeds", type=int, default=0, help="only so many test seeds (default: all)")
     running.add_argument("--saved", action="store_true", help="begin with the runs that are saved in the repository")
+    asking = commands.add_parser(
+        "clipping",
+        allow_abbrev=False,
+        description="Tell the penalty's part at low rates from the clipping's: twelve runs.",
+    )
+    asking.add_argument("--out", type=Path, default=Path("runs/learning_rates"), help="of the text (default: %(default)s)")
     showing = commands.add_parser("page", allow_abbrev=False, description="Make docs/learning_rates.md from saved results.")
     showing.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
     showing.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the documentation (default: %(default)s)")
@@ -36,7 +42,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
-    return finish(lambda: _run(given) if given.command == "run" else _page(given), resumes="")
+    does = {"run": _run, "clipping": _clipping, "page": _page}[given.command]
+    return finish(lambda: does(given), resumes="")
 
 
 def _run(given: argparse.Namespace) -> str:
@@ -55,6 +62,12 @@ def _run(given: argparse.Namespace) -> str:
     path = given.out / "results.json"
     saved.write(study.gather(plan, given.out), path)
     return f"results: {path}"
+
+
+def _clipping(given: argparse.Namespace) -> str:
+    with importing(resumes=""):
+        from . import clipping, protocol
+    return f"results: {clipping.run(protocol.read(), given.out)}"
 
 
 def _page(given: argparse.Namespace) -> str:

@@ -12,7 +12,7 @@ from examples.shared.storage import write_atomically
 from studies.reproduction.cells import chance, table, words
 from studies.saved import Results
 
-from . import claims, figures
+from . import claims, clipping, figures
 from .claims import REFUTED, SHOWN, Test
 from .results import BASE, OUTCOMES, Arms, Outcome
 
@@ -40,6 +40,7 @@ def page(results: Results) -> str:
         f"{_setting(every)} The protocol (`studies/learning_rates/study.toml`) was fixed before the test runs.",
         lead(every),
         f"![Validation loss against the learning rate, an arm a curve](images/learning_rates.png)\n\n{_caption()}",
+        *seen_afterwards(every),
         *(answer(arms) for arms in every),
         "## Arms\n\n" + arms_table(results, every),
         f"All outcomes, all rates: [tables](learning_rates_tables.md). Made by `{COMMAND} run` and `{COMMAND} page`.",
@@ -67,6 +68,11 @@ def answer(arms: Arms) -> str:
             text += f" Claim that survives: {claims.survives(arms, outcome.name)}."
         lines.append(f"- {text}")
     return "\n".join([head, "", *lines])
+
+
+def seen_afterwards(every: list[Arms]) -> list[str]:
+    asked = clipping.MODEL in [arms.model for arms in every]
+    return [f'!!! note "The left end of the curves"\n\n    {clipping.said()}'] if asked else []
 
 
 def lead(every: list[Arms]) -> str:

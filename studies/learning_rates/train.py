@@ -26,7 +26,7 @@ CLIP = 1.0
 Record = dict[str, Any]
 
 
-def train(config: Config, run: Run, text: Text) -> Record:
+def train(config: Config, run: Run, text: Text, clip: float = CLIP) -> Record:
     """What is kept of a run."""
     started = time.perf_counter()
     network = model.build(config, run.seed)
@@ -39,7 +39,7 @@ def train(config: Config, run: Run, text: Text) -> Record:
         loss = network(input_ids=batch, labels=batch).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), CLIP)
+        nn.utils.clip_grad_norm_(network.parameters(), clip)
         optimizer.step()
         schedule.step()
     if (handle := MoEHandle.of(network)) is not None:

@@ -48,10 +48,8 @@ def said(file: Path = RESULTS) -> str:
         parts.append(f"{clip} {found.mean:+.3f} ± {found.half:.3f} of {level:.3f}")
     why = "The gradient clipping does not explain it"
     if lower == [True, False]:
-        why = (
-            "That is the gradient clipping, not the router: such a penalty fills the clipped norm at first, which makes later "
-        )
-        why += "steps longer, as a higher rate would"
+        why = "Without gradient clipping the difference is gone, so it is not the router's; probably such a penalty fills the "
+        why += "clipped norm at first, which makes later steps longer, as a higher rate would"
     return (
         f"At the lowest rates {MODEL} has lower losses with a penalty at strength 1. {why}. At {RATE:g}, spread less none, "
         f"{SEEDS} seeds: {'; '.join(parts)}. Asked after the results were seen: `python -m studies.learning_rates clipping`."

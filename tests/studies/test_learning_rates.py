@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from examples.shared.command import ExperimentError
+from examples.shared.storage import write_json
 from examples.transformer_moe import data, model
 from spectral_router import MoEHandle, find_gates
 from studies import saved
-from studies.learning_rates import arms, claims, page, protocol, study, train
+from studies.learning_rates import arms, claims, clipping, page, protocol, study, train
 from studies.learning_rates.__main__ import main
 from studies.learning_rates.results import Arms
 
@@ -199,6 +200,18 @@ def test_claims_follow_their_rule(effects, claim):
     assert ("Claim that survives" in page.answer(found)) == any(
         test.verdict != claims.OPEN for of in claims.all_tests(found).values() for test in of.values()
     )
+
+
+@pytest.mark.parametrize(("without", "said"), [(0.0, "the difference is gone"), (-0.1, "clipping does not explain it")])
+def test_what_is_said_of_clipping_follows_its_figures(tmp_path, without, said):
+    wobble = [0.0, 0.002, -0.002]
+    none = [3.0, 3.1, 3.2]
+    losses = {
+        clip: {"none": none, "spread": [n + gap + w for n, w in zip(none, wobble, strict=True)]}
+        for clip, gap in zip(clipping.CLIPS, (-0.1, without), strict=True)
+    }
+    write_json(tmp_path / "c.json", {"losses": losses})
+    assert said in clipping.said(tmp_path / "c.json")
 
 
 def test_seeds_that_are_not_whole_are_left_out():

@@ -14,8 +14,8 @@ import torch
 
 from spectral_router import find_gates, wrap_moe
 
-from ._harness import Clock, Report, device, parser, progress, publish, show_ms, show_ratio
-from .wrap import build
+from ._harness import Clock, Report, device, progress, show_ms, show_ratio
+from .wrap import build, command
 
 WAYS = ("plain", "first, wrapped", "find_gates(example)")
 
@@ -58,13 +58,7 @@ def measure(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    flags = parser("first_forward", __doc__, repeats=15)
-    flags.add_argument("--layers", type=int, default=16, help="(default 16)")
-    flags.add_argument("--dim", type=int, default=256, help="hidden size (default 256)")
-    flags.add_argument("--hidden", type=int, default=512, help="width of an expert (default 512)")
-    flags.add_argument("--tokens", type=int, default=512, help="per step, in rows of 128 (default 512)")
-    got = flags.parse_args(argv)
-    publish(measure(got.repeats, got.quick, layers=got.layers, dim=got.dim, hidden=got.hidden, tokens=got.tokens), got.json)
+    command("first_forward", __doc__, 15, measure, argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -137,14 +137,19 @@ def measure(
     return [report]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    flags = parser("wrap", __doc__, repeats=30)
+def command(name: str, doc: str | None, repeats: int, measure: Callable[..., list[Report]], argv: Sequence[str] | None) -> None:
+    """The command of a benchmark on such a model: its sizes as flags."""
+    flags = parser(name, doc, repeats=repeats)
     flags.add_argument("--layers", type=int, default=16, help="(default 16)")
     flags.add_argument("--dim", type=int, default=256, help="hidden size (default 256)")
     flags.add_argument("--hidden", type=int, default=512, help="width of an expert (default 512)")
     flags.add_argument("--tokens", type=int, default=512, help="per step, in rows of 128 (default 512)")
     got = flags.parse_args(argv)
     publish(measure(got.repeats, got.quick, layers=got.layers, dim=got.dim, hidden=got.hidden, tokens=got.tokens), got.json)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command("wrap", __doc__, 30, measure, argv)
 
 
 if __name__ == "__main__":

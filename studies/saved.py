@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.shared.command import ExperimentError
-from examples.shared.storage import write_atomically
+from examples.shared.storage import write_text
 
 DIGITS = 5  # significant ones
 Results = dict[str, Any]
@@ -19,7 +19,7 @@ def write(results: Results, path: Path) -> None:
     lines = ",\n".join(json.dumps(rounded(run), sort_keys=True, separators=(",", ":")) for run in results["runs"])
     head = ",\n".join(f'"{key}": {value}' for key, value in parts.items())
     text = "{" + head + ',\n"runs": [\n' + lines + "\n]}\n"
-    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def read(path: Path) -> Results:

@@ -20,6 +20,11 @@ class Test(NamedTuple):
     side: int
 
 
+def of_effect(p: float | None, effect: float) -> str:
+    """The word for one comparison: p is adjusted already (None: no test), `effect` above 0 on the claimed side."""
+    return SHOWN[0 if p is None or p >= CERTAIN else (effect > 0) - (effect < 0)]
+
+
 def word(tests: Sequence[Test], of: str) -> str:
     """Shown, refuted, or not shown; where that is only true of some of several comparisons, of how many. `of` calls them."""
     adjusted = holm([one.p for one in tests])

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from examples.shared.storage import write_atomically
+from examples.shared.storage import write_text
 
 Rows = list[tuple[str, list[str]]]
 
@@ -27,7 +27,7 @@ def write(results: dict[str, Any], out: Path) -> None:
         console.print(table)
     text = "\n".join(f"### {heading}\n\n{markdown(rows, routers)}" for heading, rows in titled) + f"\n{footnote(results)}\n"
     console.print(footnote(results), soft_wrap=True, highlight=False)
-    write_atomically(out / "tables.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(out / "tables.md", text)
 
 
 def title(results: dict[str, Any]) -> str:

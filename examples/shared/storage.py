@@ -37,6 +37,10 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         ) from error
 
 
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 SEAL = "sha256"  # the key beside what it is the fingerprint of
 
 
@@ -44,7 +48,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     """NaN and inf, which JSON lacks, become null. The key sha256 is a fingerprint of the rest."""
     value = json.loads(json.dumps(_finite(value), allow_nan=False))  # with keys as they will be read
     text = json.dumps(value | {SEAL: fingerprint(value)}, indent=1, sort_keys=True) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,17 +6,16 @@ import dataclasses
 import shutil
 from typing import Any
 
-import torch
 from accelerate import PartialState  # type: ignore[import-untyped,unused-ignore]
 from rich.progress import Progress
 
 from examples.shared.command import ExperimentError, Options
 from examples.shared.progress import bars, console
-from examples.shared.runs import prepare, versions
+from examples.shared.runs import prepare
 from examples.shared.storage import read_json, write_json
 
 from . import data, finetune_summary, model, study
-from .config import Config, processes
+from .config import Config
 from .train import Run, fit
 
 
@@ -49,12 +48,7 @@ def run(config: Config, options: Options) -> dict[str, Any] | None:
     if not state.is_main_process:
         return None
     results = {
-        "config": dataclasses.asdict(config),
-        "device": torch.cuda.get_device_name() if config.resolved_device() == "cuda" else "cpu",
-        "processes": processes(),
-        "versions": versions("transformers", "accelerate"),
-        "earlier_versions": earlier,
-        "seeds": list(range(config.seeds)),
+        **study.made_by(config, earlier),
         "domains": text.domains,
         "domain": domain,
         "parameters": bases[0]["train"]["parameters"],

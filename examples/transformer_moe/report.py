@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from examples.image_classification.report import markdown
-from examples.shared.storage import write_atomically
+from examples.shared.storage import write_text
 
 Rows = list[tuple[str, list[str]]]
 # label, name in the summary, format
@@ -65,7 +65,7 @@ def publish(titled: Sequence[tuple[str, Rows, list[str]]], note: str, out: Path,
     console.print(note, soft_wrap=True, highlight=False, markup=False)
     text = "\n".join(f"{level} {heading}\n\n{markdown(rows, columns)}" for heading, rows, columns in titled)
     text += f"\n{note}\n"
-    write_atomically(out / "tables.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(out / "tables.md", text)
 
 
 def title(results: dict[str, Any]) -> str:

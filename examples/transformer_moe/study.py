@@ -52,12 +52,7 @@ def run(config: Config, options: Options) -> dict[str, Any] | None:
     experts = len(parts[config.arms[0]][0]["train"]["history"][0]["load"][0])
     by_token, at_best = measure.told_by_tokens(text.validation, experts)
     results = {
-        "config": dataclasses.asdict(config),
-        "device": torch.cuda.get_device_name() if config.resolved_device() == "cuda" else "cpu",
-        "processes": processes(),
-        "versions": versions("transformers", "accelerate"),
-        "earlier_versions": earlier,
-        "seeds": list(range(config.seeds)),
+        **made_by(config, earlier),
         "data": {
             "domains": text.domains,
             "digest": text.digest,
@@ -85,6 +80,18 @@ def check(config: Config) -> None:
         with telling(rule), torch.device("meta"):
             largest = model.empty(model.settings(config))
         check_memory(largest, torch.device(config.resolved_device()), "--dim, --hidden, --experts or --layers")
+
+
+def made_by(config: Config, earlier: list[dict[str, str]]) -> dict[str, Any]:
+    """Of the results: with what they were made."""
+    return {
+        "config": dataclasses.asdict(config),
+        "device": torch.cuda.get_device_name() if config.resolved_device() == "cuda" else "cpu",
+        "processes": processes(),
+        "versions": versions("transformers", "accelerate"),
+        "earlier_versions": earlier,
+        "seeds": list(range(config.seeds)),
+    }
 
 
 def adapt_domain(config: Config, text: Text) -> str | None:

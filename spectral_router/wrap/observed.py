@@ -70,9 +70,7 @@ class Observed:
     def aside(self) -> Iterator[None]:
         """What is computed here is ours, not the model's."""
         trace = self.trace
-        if trace is None:
-            yield
-            return
+        assert trace is not None
         before, trace.paused = trace.paused, True
         try:
             yield
@@ -95,8 +93,9 @@ class Observed:
                 "probs=function",
             )
         doubtful: dict[str, list[str]] = defaultdict(list)
+        inside = {id(module) for module in trace.model.modules()}
         for number, tap in enumerate(recorder.taps):
-            if id(tap.gate.owner) not in {id(module) for module in trace.model.modules()}:
+            if id(tap.gate.owner) not in inside:
                 continue
             error = errors.get(tap)
             read = (

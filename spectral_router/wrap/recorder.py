@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from threading import get_ident
 from typing import Any
 
@@ -135,7 +136,7 @@ class Recorder(Objective):
             if again is None:
                 tap.calls, tap.deferred = tap.calls[:-1], tap.deferred[:-1]
         if self.at_step is not None and self.at_step.alone:
-            with self.observed.aside():
+            with nullcontext() if self.observed.trace is None else self.observed.aside():
                 return self.at_step.note(tap, args, kwargs, output) if self.step.open else None
         if self.observed.trace is not None:
             return self.observed.at_gate(self, tap, module, args, kwargs, output)

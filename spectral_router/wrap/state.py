@@ -24,10 +24,10 @@ def check_state(state: Any) -> None:
 
 def restore(part: nn.Module, tensors: Mapping[str, Tensor], device: Any) -> None:
     """Buffers that are made at the first call, or stay out of `state_dict`, come back too."""
-    persistent = set(part.state_dict())
+    persistent, modules = set(part.state_dict()), dict(part.named_modules())
     for path, tensor in tensors.items():
         owner_path, _, name = path.rpartition(".")
-        owner = dict(part.named_modules()).get(owner_path)
+        owner = modules.get(owner_path)
         if owner is None or not isinstance(tensor, Tensor):
             raise ValueError(f"the state holds {path!r}, which is no tensor of a {type(part).__name__}")
         current = getattr(owner, name, None)

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from examples.image_classification.report import markdown
-from examples.shared.storage import write_atomically
+from examples.shared.storage import write_text
 
 Rows = list[tuple[str, list[str]]]
 # label, name in the summary, format
@@ -55,7 +55,7 @@ def write(results: dict[str, Any], out: Path) -> None:
     console.print(footnote(results), soft_wrap=True, highlight=False)
     text = "\n".join(f"### {heading}\n\n{markdown(rows, columns)}" for heading, rows, columns in titled)
     text += f"\n{footnote(results)}\n"
-    write_atomically(out / "tables.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(out / "tables.md", text)
 
 
 def title(results: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.shared.runs import interval
-from examples.shared.storage import write_atomically
+from examples.shared.storage import write_atomically, write_text
 from studies.oneshot.plasticity import interference
 from studies.pages import comparison as pages
 from studies.pages.tables import read
@@ -46,7 +46,7 @@ def write(results: Results, out: Path) -> list[Path]:
     print(footnote(results))
     text = "\n".join(["| " + " | ".join(row) + " |" for row in (HEAD, ("---", *["---:"] * (len(HEAD) - 1)), *lines)])
     path, picture = out / "tables.md", out / "comparison.png"
-    write_atomically(path, lambda file: file.write_text(f"{text}\n\n{footnote(results)}\n\n{grid(results)}", encoding="utf-8"))
+    write_text(path, f"{text}\n\n{footnote(results)}\n\n{grid(results)}")
     figure = pages.picture(read(path))
     write_atomically(picture, partial(figure.savefig, format="png", dpi=130))
     plt.close(figure)

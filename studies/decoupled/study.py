@@ -14,7 +14,7 @@ from benchmarks.wrap import build
 from examples.shared.command import ExperimentError
 from examples.shared.progress import track
 from examples.shared.runs import interval, others, versions
-from examples.shared.storage import alone, read_json, write_atomically, write_json
+from examples.shared.storage import alone, read_json, write_json, write_text
 from spectral_router import wrap_moe
 
 COEFFICIENTS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -71,7 +71,7 @@ def study(out: Path, seeds: int, steps: int, resume: bool) -> str:
     """Do what is left of the runs; their table, which is also written."""
     with alone(out):
         text = table(run(out, seeds, steps, resume), seeds)
-        write_atomically(out / "tables.md", lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(out / "tables.md", text)
     return text
 
 

@@ -1,12 +1,14 @@
-"""`python -m studies.learning_rates run` and `python -m studies.learning_rates page`"""
+"""`python -m studies.learning_rates run`, `clipping` and `page`"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
-from examples.shared.command import ExperimentError, finish, importing, parser, telling
+from examples.shared.command import ExperimentError, finish, importing, parser
+from studies.command import add_page, add_run, make_page
 
 from . import protocol
 
@@ -16,14 +18,7 @@ RESULTS = Path(__file__).with_name("results.json")
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     flags = parser("python -m studies.learning_rates", "Learning rates and what holds the router: the runs, and their page.")
     commands = flags.add_subparsers(dest="command", required=True)
-    running = commands.add_parser(
-        "run",
-        allow_abbrev=False,
-        description="Do what is left of the protocol's runs and write results.json in --out. Started several times with the "
-        "same --out, the processes share the runs. Stopped, the same command goes on.",
-    )
-    running.add_argument("--protocol", type=Path, default=protocol.PROTOCOL, help="default: %(default)s")
-    running.add_argument("--out", type=Path, default=Path("runs/learning_rates"), help="results (default: %(default)s)")
+    running = add_run(commands, protocol.PROTOCOL, "runs/learning_rates")
     running.add_argument("--stages", nargs="+", default=protocol.STAGES, choices=protocol.STAGES, help="default: all")
     running.add_argument("--models", nargs="+", default=[], help="only these of the protocol's (default: all)")
     running.add_argument("--seeds", type=int, default=0, help="only so many test seeds (default: all)")
@@ -34,15 +29,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Tell the penalty's part at low rates from the clipping's: twelve runs.",
     )
     asking.add_argument("--out", type=Path, default=Path("runs/learning_rates"), help="of the text (default: %(default)s)")
-    showing = commands.add_parser("page", allow_abbrev=False, description="Make docs/learning_rates.md from saved results.")
-    showing.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
-    showing.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the documentation (default: %(default)s)")
+    add_page(commands, RESULTS, "docs/learning_rates.md")
     return flags.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
-    does = {"run": _run, "clipping": _clipping, "page": _page}[given.command]
+    does = {"run": _run, "clipping": _clipping, "page": partial(make_page, "studies.learning_rates.page")}[given.command]
     return finish(lambda: does(given), resumes="")
 
 
@@ -66,17 +59,8 @@ def _run(given: argparse.Namespace) -> str:
 
 def _clipping(given: argparse.Namespace) -> str:
     with importing(resumes=""):
-        from . import clipping, protocol
+        from . import clipping
     return f"results: {clipping.run(protocol.read(), given.out)}"
-
-
-def _page(given: argparse.Namespace) -> str:
-    with importing(resumes=""):
-        from . import page, saved
-    results = saved.read(given.results)
-    with telling(f"--results must be a file that `run` wrote, got {given.results}"):
-        files = page.write(results, given.docs)
-    return "written: " + ", ".join(map(str, files))
 
 
 if __name__ == "__main__":

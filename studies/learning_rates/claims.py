@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from studies.reproduction.statistics import Difference, holm, paired
+from studies import verdicts
+from studies.reproduction.statistics import Difference, paired
+from studies.verdicts import CERTAIN, SHOWN, holm
 
 from .results import BASE, OUTCOMES, Arms
 
-LEVEL = 0.05
 OURS = ("spread", "norm", "rank", "decoupled", "both")
-SHOWN, REFUTED, OPEN = "shown", "refuted", "not shown"
 
 
 class Test(NamedTuple):
@@ -32,9 +32,8 @@ class Test(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        if self.difference is None or self.p is None or self.p >= LEVEL:
-            return OPEN
-        return SHOWN if self.difference.mean < 0 else REFUTED
+        """Lower is better."""
+        return verdicts.of_effect(self.p, 0.0 if self.difference is None else -self.difference.mean)
 
 
 def against_none(arms: Arms, outcome: str) -> dict[str, Test]:
@@ -47,14 +46,14 @@ def ahead(arms: Arms, arm: str, rivals: list[str], outcome: str) -> bool:
     differences = [paired(mine, arms.outcome(rival, outcome)) for rival in rivals]
     ps = holm([None if found is None else found.p for found in differences])
     return all(
-        found is not None and p is not None and p < LEVEL and found.mean < 0 for found, p in zip(differences, ps, strict=True)
+        found is not None and p is not None and p < CERTAIN and found.mean < 0 for found, p in zip(differences, ps, strict=True)
     )
 
 
 def survives(arms: Arms, outcome: str) -> str:
-    verdicts = {arm: test.verdict for arm, test in against_none(arms, outcome).items()}
-    ours = [arm for arm in verdicts if arm in OURS and verdicts[arm] == SHOWN]
-    rivals = [arm for arm in verdicts if arm not in OURS and verdicts[arm] == SHOWN]
+    words = {arm: test.verdict for arm, test in against_none(arms, outcome).items()}
+    ours = [arm for arm, word in words.items() if arm in OURS and word == SHOWN[1]]
+    rivals = [arm for arm, word in words.items() if arm not in OURS and word == SHOWN[1]]
     if not ours:
         return "a rival's" if rivals else "nothing"
     if any(ahead(arms, arm, rivals, outcome) for arm in ours):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from examples.shared import figures as pictures
 from examples.shared.command import ExperimentError
 from examples.shared.runs import interval
-from examples.shared.storage import write_atomically
+from examples.shared.storage import write_text
 from studies.reproduction.cells import chance, table, words
 from studies.saved import Results
+from studies.verdicts import SHOWN
 
 from . import claims, clipping, figures
-from .claims import REFUTED, SHOWN, Test
+from .claims import Test
 from .results import BASE, OUTCOMES, Arms, Outcome
 
 PAGE, TABLES = "learning_rates.md", "learning_rates_tables.md"
@@ -24,11 +24,9 @@ def write(results: Results, docs: Path) -> list[Path]:
     if not figures.models(results):
         raise ExperimentError("--results must hold one whole test seed at least, got none; do more runs first")
     drawn = pictures.save(figures.FIGURES, results, docs / "images")
-    files = []
-    for name, text in ((PAGE, page(results)), (TABLES, tables(results))):
-        write_atomically(docs / name, partial(Path.write_text, data=text, encoding="utf-8"))
-        files.append(docs / name)
-    return files + drawn
+    write_text(docs / PAGE, page(results))
+    write_text(docs / TABLES, tables(results))
+    return [docs / PAGE, docs / TABLES, *drawn]
 
 
 def page(results: Results) -> str:
@@ -55,8 +53,8 @@ def answer(arms: Arms) -> str:
     lines = []
     for outcome in OUTCOMES[:5]:
         found = tests[outcome.name]
-        better = sorted((t for t in found.values() if t.verdict == SHOWN), key=_mean)
-        worse = sorted((t for t in found.values() if t.verdict == REFUTED), key=_mean)
+        better = sorted((t for t in found.values() if t.verdict == SHOWN[1]), key=_mean)
+        worse = sorted((t for t in found.values() if t.verdict == SHOWN[-1]), key=_mean)
         text = f"**{outcome.says[0].upper()}{outcome.says[1:]}.** "
         if outcome.name == "dead":
             level = interval(list(arms.outcome(BASE, "dead").values()))
@@ -88,7 +86,7 @@ def lead(every: list[Arms]) -> str:
 
 
 def _in_every(every: list[Arms], outcome: str) -> list[str]:
-    shown = [{arm for arm, test in claims.against_none(arms, outcome).items() if test.verdict == SHOWN} for arms in every]
+    shown = [{arm for arm, test in claims.against_none(arms, outcome).items() if test.verdict == SHOWN[1]} for arms in every]
     return [arm for arm in every[0].arms if all(arm in of_model for of_model in shown)]
 
 

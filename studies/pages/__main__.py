@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from examples.shared.command import finish, parser
-from examples.shared.storage import write_atomically
+from examples.shared.storage import write_atomically, write_text
 
 from . import cnn_experts, comparison, language_model, regularizers
 from .tables import Tables, folded, read
@@ -51,7 +51,7 @@ def _write(given: argparse.Namespace) -> str:
         tables = read(source)
         texts = {source: folded(tables, page.untitled), given.docs / f"{name}_verdict.md": page.verdict(tables)}
         for path, text in texts.items():
-            write_atomically(path, lambda file, text=text: file.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+            write_text(path, text)
         figure = page.picture(tables)
         picture = given.docs / "images" / f"{name}.png"
         write_atomically(picture, partial(figure.savefig, format="png", dpi=130))

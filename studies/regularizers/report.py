@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from examples.image_classification.report import Rows, markdown
-from examples.shared.storage import write_atomically
+from examples.shared.storage import write_text
 
 from .arms import BASE
 
@@ -50,7 +50,7 @@ def write(results: Results, out: Path) -> None:
     text = "\n".join(f"### {heading}\n\n{markdown(rows, columns)}" for heading, columns, rows in tables)
     text += f"\n{footnote(results)}\n"
     console.print(footnote(results), soft_wrap=True, highlight=False, markup=False)
-    write_atomically(out / "tables.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(out / "tables.md", text)
 
 
 def claims(results: Results) -> tuple[list[str], Rows]:

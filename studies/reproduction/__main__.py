@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from examples.shared.command import ExperimentError, finish, importing, parser, telling
+from examples.shared.command import ExperimentError, finish, importing, parser
+from studies.command import add_page, add_run, make_page
 
 from . import protocol
 
@@ -14,30 +15,19 @@ from . import protocol
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     flags = parser("python -m studies.reproduction", "The reproduction study: its runs, and the page that shows them.")
     commands = flags.add_subparsers(dest="command", required=True)
-    running = commands.add_parser(
-        "run",
-        allow_abbrev=False,
-        description="Do what is left of the protocol's runs and write results.json in --out. Started several times with the "
-        "same --out, the processes share the runs. Stopped, the same command goes on.",
-    )
+    running = add_run(commands, protocol.PROTOCOL, "runs/reproduction")
     running.add_argument("--photos", type=Path, help="folder with subfolders car, cat, elephant, face; without: digits only")
-    running.add_argument("--protocol", type=Path, default=protocol.PROTOCOL, help="default: %(default)s")
-    running.add_argument("--out", type=Path, default=Path("runs/reproduction"), help="results (default: %(default)s)")
     running.add_argument("--stages", nargs="+", default=protocol.STAGES, choices=protocol.STAGES, help="default: all")
     running.add_argument(
         "--only", default="", metavar="TEXT", help="only runs whose name contains TEXT: digits-2x2.spectral.seed0"
     )
-    showing = commands.add_parser(
-        "page", allow_abbrev=False, description="Make the tables and pictures of docs/reproduction.md from saved results."
-    )
-    showing.add_argument("--results", type=Path, default=protocol.RESULTS, help="default: %(default)s")
-    showing.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the documentation (default: %(default)s)")
+    add_page(commands, protocol.RESULTS, "the tables and pictures of docs/reproduction.md")
     return flags.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
-    return finish(lambda: _run(given) if given.command == "run" else _page(given), resumes="")
+    return finish(lambda: _run(given) if given.command == "run" else make_page("studies.reproduction.page", given), resumes="")
 
 
 def _run(given: argparse.Namespace) -> str:
@@ -55,16 +45,6 @@ def _run(given: argparse.Namespace) -> str:
     path = given.out / "results.json"
     saved.write(saved.gather(plan, records(given.out)), path)
     return f"results: {path}"
-
-
-def _page(given: argparse.Namespace) -> str:
-    with importing(resumes=""):
-        from . import page, saved
-
-    results = saved.read(given.results)
-    with telling(f"--results must be a file that `run` wrote, got {given.results}"):
-        files = page.write(results, given.docs)
-    return "written: " + ", ".join(str(file) for file in files)
 
 
 if __name__ == "__main__":

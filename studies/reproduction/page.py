@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from examples.shared.storage import write_atomically
+from examples.shared.storage import write_text
 
 from . import answers, failing, figures, parts, posthoc, printed, routing, stages, sweep, tables, verdict
 from . import statistics as stats
@@ -26,7 +26,7 @@ CAPTIONS = {  # of a section of pictures, by how their names begin
 def write(results: Results, docs: Path) -> list[Path]:
     """Make tables and pictures from saved results; return the files."""
     file = docs / NAME
-    write_atomically(file, lambda path: path.write_text(text(results), encoding="utf-8"))
+    write_text(file, text(results))
     return [file, *figures.draw(results, docs / "images")]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from examples.image_classification.report import markdown
 from examples.shared.runs import interval
-from examples.shared.storage import write_atomically
+from examples.shared.storage import write_text
 from examples.transformer_moe.config import SCOPES
 from examples.transformer_moe.report import cell
 from examples.transformer_moe.summary import adaptation, finite, when
@@ -104,4 +104,4 @@ def write(results: dict[str, Any], out: Path) -> None:
         seeds = domains[EVERY]["all"]["gain"]["n"]
         table = markdown(rows, list(SCOPES)).strip().replace("\n", "\n    ")
         parts.append(f'??? note "Arm {arm}: every domain, {seeds} seeds"\n\n    {table}\n')
-    write_atomically(out / "tables.md", lambda path: path.write_text("\n".join(parts), encoding="utf-8"))
+    write_text(out / "tables.md", "\n".join(parts))

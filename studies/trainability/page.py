@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 from examples.shared import figures as pictures
 from examples.shared.command import ExperimentError
-from examples.shared.storage import write_atomically
+from examples.shared.storage import write_text
 from studies.reproduction.cells import level, table
 from studies.saved import Results
+from studies.verdicts import SHOWN
 
 from . import figures
-from .results import REFUTED, SHOWN, Runs, control, tests
+from .results import Runs, Test, control, tests
 
 PAGE, TABLES = "trainability.md", "trainability_tables.md"
 COMMAND = "python -m studies.trainability"
@@ -23,11 +23,9 @@ def write(results: Results, docs: Path) -> list[Path]:
     if not Runs(results).seeds:
         raise ExperimentError("--results must hold one whole seed at least, got none; do more runs first")
     drawn = pictures.save(figures.FIGURES, results, docs / "images")
-    files = []
-    for name, text in ((PAGE, page(results)), (TABLES, tables(results))):
-        write_atomically(docs / name, partial(Path.write_text, data=text, encoding="utf-8"))
-        files.append(docs / name)
-    return files + drawn
+    write_text(docs / PAGE, page(results))
+    write_text(docs / TABLES, tables(results))
+    return [docs / PAGE, docs / TABLES, *drawn]
 
 
 def page(results: Results) -> str:
@@ -57,10 +55,10 @@ def answer(runs: Runs) -> str:
         if control(arm) is None:
             continue
         of_arm = [test for test in found if test.arm == arm]
-        shown = [test for test in of_arm if test.trains == SHOWN]
-        refuted = [test for test in of_arm if test.trains == REFUTED]
-        better = [test.condition for test in of_arm if test.better == SHOWN]
-        worse = [test.condition for test in of_arm if test.better == REFUTED]
+        shown = [test for test in of_arm if test.trains == SHOWN[1]]
+        refuted = [test for test in of_arm if test.trains == SHOWN[-1]]
+        better = [test.condition for test in of_arm if test.better == SHOWN[1]]
+        worse = [test.condition for test in of_arm if test.better == SHOWN[-1]]
         text = f"- **{arm}**, against {control(arm)}. Trains more often: "
         text += _cells(shown, runs) if shown else "not shown"
         text += f"; less often: {_cells(refuted, runs)}" if refuted else ""
@@ -75,7 +73,7 @@ def answer(runs: Runs) -> str:
     return "\n".join(lines)
 
 
-def _cells(found: list, runs: Runs) -> str:  # type: ignore[type-arg]
+def _cells(found: list[Test], runs: Runs) -> str:
     n = len(runs.seeds)
     return ", ".join(f"{test.condition} ({test.trained[0]} against {test.trained[1]} of {n})" for test in found)
 

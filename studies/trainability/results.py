@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 from examples.shared.runs import versions
 from studies.queue import records
-from studies.reproduction.statistics import Difference, holm, paired
+from studies.reproduction.statistics import Difference, paired
 from studies.saved import Results
+from studies.verdicts import holm, of_effect
 
 RESULTS = Path(__file__).with_name("results.json")
 KEPT = ("arm", "seed", "accuracy", "spectral_norm", "stable_rank")
-LEVEL = 0.05
-SHOWN, REFUTED, OPEN = "shown", "refuted", "not shown"
 
 
 class Test(NamedTuple):
@@ -26,11 +25,11 @@ class Test(NamedTuple):
 
     @property
     def trains(self) -> str:
-        return _verdict(self.fisher, self.trained[0] - self.trained[1])
+        return of_effect(self.fisher, self.trained[0] - self.trained[1])
 
     @property
     def better(self) -> str:
-        return _verdict(self.p, 0.0 if self.difference is None else self.difference.mean)
+        return of_effect(self.p, 0.0 if self.difference is None else self.difference.mean)
 
 
 def gather(protocol: dict[str, Any], out: Path) -> Results:
@@ -101,9 +100,3 @@ def tests(runs: Runs) -> list[Test]:
         Test(*cell, counts, float(fisher or 0.0), difference, p)
         for cell, (counts, _, difference), fisher, p in zip(cells, found, fishers, ps, strict=True)
     ]
-
-
-def _verdict(p: float | None, effect: float) -> str:
-    if p is None or p >= LEVEL or effect == 0:
-        return OPEN
-    return SHOWN if effect > 0 else REFUTED

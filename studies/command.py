@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from examples.shared.command import importing, telling
+from examples.shared.command import ExperimentError, importing, telling
 
 # nothing of torch here: flags and their help are there at once
 
@@ -22,6 +22,19 @@ def add_run(commands: Any, protocol: Path, out: str) -> argparse.ArgumentParser:
     running.add_argument("--protocol", type=Path, default=protocol, help="default: %(default)s")
     running.add_argument("--out", type=Path, default=Path(out), help="results (default: %(default)s)")
     return running
+
+
+def add_photos(running: argparse.ArgumentParser) -> None:
+    running.add_argument("--photos", type=Path, help="folder with subfolders car, cat, elephant, face; without: digits only")
+
+
+def places(given: argparse.Namespace) -> dict[str, str]:
+    """Where the data are that a protocol only names."""
+    if given.photos is None:
+        return {}
+    if not given.photos.is_dir():
+        raise ExperimentError(f"--photos must be a folder with one subfolder of images a class, got {given.photos}")
+    return {"photos": str(given.photos)}
 
 
 def add_page(commands: Any, results: Path, page: str) -> None:

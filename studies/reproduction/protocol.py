@@ -14,7 +14,8 @@ from studies.oneshot.rule import Rule
 
 PROTOCOL = Path(__file__).with_name("study.toml")
 RESULTS = Path(__file__).with_name("results.json")
-STAGES = ("sweep", "main", "second", "confirm", "failure")  # in the order in which they run
+STAGE_OF_CONDITIONS = "failure"
+STAGES = ("sweep", "main", "second", "confirm", STAGE_OF_CONDITIONS)  # in the order in which they run
 Protocol = dict[str, Any]
 Settings = dict[str, Any]  # fields of Config
 
@@ -35,6 +36,15 @@ class Run(NamedTuple):
         """What its files are called; unique."""
         parts = (self.stage, self.phase, self.arm.replace("+", "-and-"), f"seed{self.seed}")
         return ".".join(re.sub(r"[^\w.+-]+", "-", part).strip("-") for part in parts)
+
+
+class Condition(NamedTuple):
+    """Under which arms are compared; it may be of a phase of its own, and of more or fewer seeds than the others."""
+
+    name: str
+    phase: str
+    seeds: int
+    changes: Settings
 
 
 def read(path: Path = PROTOCOL, stages: tuple[str, ...] = STAGES) -> Protocol:
@@ -110,19 +120,30 @@ def _cells(protocol: Protocol, stage: str, arms: dict[str, Settings] | None) -> 
                 for router in settings["routers"]:
                     yield phase, seed, router, {"routers": [router]}
         return
+    if stage == STAGE_OF_CONDITIONS:
+        every = conditions(protocol)
+        for seed in range(first, first + max(one.seeds for one in every)):
+            for one in every:
+                for arm, settings in of_stage["arms"].items() if seed < first + one.seeds else ():
+                    yield one.phase, seed, f"{arm}, {one.name}", {**settings, **one.changes}
+        return
     if stage == "sweep":
         arms = sweep_arms(protocol)
-    elif stage == "failure":
-        arms = {
-            f"{arm}, {condition}": {**settings, **changes}
-            for condition, changes in of_stage["conditions"].items()
-            for arm, settings in of_stage["arms"].items()
-        }
     assert arms is not None
     phase = of_stage.get("phase") or protocol["sweep"]["phase"]
     for seed in range(first, first + count):
         for name, settings in arms.items():
             yield phase, seed, name, settings
+
+
+def conditions(protocol: Protocol) -> list[Condition]:
+    of_stage = protocol[STAGE_OF_CONDITIONS]
+    common = {"phase": of_stage.get("phase"), "seeds": of_stage["seeds"][1]}
+    made = []
+    for name, changes in of_stage["conditions"].items():
+        rest = {key: value for key, value in changes.items() if key not in common}
+        made.append(Condition(name, changes.get("phase", common["phase"]), changes.get("seeds", common["seeds"]), rest))
+    return made
 
 
 def sweep_arms(protocol: Protocol) -> dict[str, Settings]:
@@ -146,7 +167,7 @@ def _run(protocol: Protocol, stage: str, phase: str, arm: str, seed: int, change
     of_phase = dict(phases(protocol)[phase])
     data = protocol["data"][of_phase["data"]] | {"data": _place(protocol, phase, places)}
     every = [rule["name"] for rule in protocol["oneshot"]["rules"]]
-    names = [] if stage == "failure" else of_stage.get("rules", of_phase.get("rules", every))
+    names = [] if stage == STAGE_OF_CONDITIONS else of_stage.get("rules", of_phase.get("rules", every))
     of_phase = {key: value for key, value in of_phase.items() if key not in ("routers", "rules")}
     settings = protocol["settings"] | of_phase | data | changes
     if "novel" in of_stage:

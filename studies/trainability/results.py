@@ -1,24 +1,26 @@
-"""Saved runs -> accuracies by arm, depth and rate; tests against the control."""
+"""Saved runs -> accuracies by arm and condition; tests against the control."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from examples.shared.runs import versions
 from studies.queue import records
+from studies.reproduction import saved
+from studies.reproduction.protocol import STAGE_OF_CONDITIONS, Condition, conditions
 from studies.reproduction.statistics import Difference, paired
 from studies.saved import Results
 from studies.verdicts import holm, of_effect
 
 RESULTS = Path(__file__).with_name("results.json")
-KEPT = ("arm", "seed", "accuracy", "spectral_norm", "stable_rank")
+KEPT = ("stage", "phase", "arm", "seed", "accuracy", "spectral_norm", "stable_rank")
 
 
 class Test(NamedTuple):
     arm: str
     condition: str
     trained: tuple[int, int]  # of the arm, of its control
+    of: int  # seeds
     fisher: float  # corrected
     difference: Difference | None  # of accuracy
     p: float | None  # corrected
@@ -33,70 +35,79 @@ class Test(NamedTuple):
 
 
 def gather(protocol: dict[str, Any], out: Path) -> Results:
-    """What is saved in the repository: of each run the few numbers that the page needs."""
-    runs = [
-        {name: record[name] for name in KEPT} | {"top_path_share": record["routing"]["top_path_share"]}
-        for record in records(out)
-    ]
-    return {"protocol": protocol, "versions": versions(), "runs": runs}
+    """What is saved in the repository: as of the reproduction; of a run of a condition the few numbers that the page needs."""
+    results = saved.gather(protocol, records(out))
+    return {**results, "runs": [_short(run) if run["stage"] == STAGE_OF_CONDITIONS else run for run in results["runs"]]}
+
+
+def _short(run: dict[str, Any]) -> dict[str, Any]:
+    return {name: run[name] for name in KEPT} | {"routing": {"top_path_share": run["routing"]["top_path_share"]}}
 
 
 class Runs:
+    """Those of the conditions; of a study that is not finished, the seeds that every arm has."""
+
     def __init__(self, results: Results) -> None:
         self.protocol = results["protocol"]
-        of_stage = self.protocol["failure"]
-        self.arms = list(of_stage["arms"])
-        self.conditions: dict[str, dict[str, Any]] = of_stage["conditions"]
-        self._accuracy: dict[tuple[str, int], float] = {(run["arm"], run["seed"]): run["accuracy"] for run in results["runs"]}
-        self._one_path: dict[tuple[str, int], bool] = {
-            (run["arm"], run["seed"]): (run["top_path_share"] or 0.0) >= self.protocol["failed"]["one_path"]
-            for run in results["runs"]
-        }
-        # of a study that is not finished: the seeds that are whole
-        self.seeds = [
-            seed
-            for seed in sorted({run["seed"] for run in results["runs"]})
-            if all((f"{arm}, {condition}", seed) in self._accuracy for arm in self.arms for condition in self.conditions)
-        ]
+        self.arms = list(self.protocol[STAGE_OF_CONDITIONS]["arms"])
+        self._of = {(run["arm"], run["seed"]): run for run in results["runs"] if run["stage"] == STAGE_OF_CONDITIONS}
+        self._every = {one.name: one for one in conditions(self.protocol)}
+        self.conditions = {name: one for name, one in self._every.items() if self.seeds(name)}
+
+    def seeds(self, condition: str) -> list[int]:
+        first = self.protocol[STAGE_OF_CONDITIONS]["seeds"][0]
+        wanted = range(first, first + self._every[condition].seeds)
+        return [seed for seed in wanted if all((f"{arm}, {condition}", seed) in self._of for arm in self.arms)]
 
     @property
-    def depths(self) -> list[int]:
-        return sorted({settings["layers"] for settings in self.conditions.values()})
+    def panels(self) -> list[tuple[str, int]]:
+        """(data, layers), as in the protocol."""
+        return list(dict.fromkeys((one.phase, one.changes["layers"]) for one in self.conditions.values()))
 
-    def at_depth(self, depth: int) -> dict[float, str]:
-        """Condition by rate."""
-        return {s["lr"]: name for name, s in self.conditions.items() if s["layers"] == depth}
+    def panel(self, phase: str, layers: int) -> dict[float, Condition]:
+        """By rate."""
+        of_panel = (one for one in self.conditions.values() if (one.phase, one.changes["layers"]) == (phase, layers))
+        return {one.changes["lr"]: one for one in of_panel}
+
+    def chance(self, phase: str) -> float:
+        """In %."""
+        classes = self.protocol["data"][self.protocol["main"]["phases"][phase]["data"]]["classes"]
+        return 100 / len(classes)
 
     def accuracy(self, arm: str, condition: str) -> dict[int, float]:
-        return {seed: self._accuracy[f"{arm}, {condition}", seed] for seed in self.seeds}
+        return {seed: self._of[f"{arm}, {condition}", seed]["accuracy"] for seed in self.seeds(condition)}
 
     def trained(self, arm: str, condition: str) -> int:
-        return sum(value >= self.protocol["failed"]["accuracy_below"] for value in self.accuracy(arm, condition).values())
+        from_here = 2 * self.chance(self.conditions[condition].phase)
+        return sum(value >= from_here for value in self.accuracy(arm, condition).values())
 
     def one_path(self, arm: str, condition: str) -> int:
-        return sum(self._one_path[f"{arm}, {condition}", seed] for seed in self.seeds)
+        limit = self.protocol["failed"]["one_path"]
+        of_arm = (self._of[f"{arm}, {condition}", seed] for seed in self.seeds(condition))
+        return sum((run["routing"]["top_path_share"] or 0.0) >= limit for run in of_arm)
 
 
 def control(arm: str) -> str | None:
-    if arm in ("linear+balance",):
+    """Which arm an arm is tested against: the one that it adds something to."""
+    if arm == "linear+balance":
         return None
     return "linear+balance" if arm.startswith("linear") or arm == "prototypes+balance" else "prototypes+balance"
 
 
 def tests(runs: Runs) -> list[Test]:
+    """Every arm against its control in every condition; both families of p adjusted by Holm."""
     from scipy.stats import fisher_exact
 
-    n = len(runs.seeds)
     cells = [(arm, condition) for arm in runs.arms if control(arm) for condition in runs.conditions]
     found = []
     for arm, condition in cells:
-        other = str(control(arm))
+        other, n = str(control(arm)), len(runs.seeds(condition))
         counts = runs.trained(arm, condition), runs.trained(other, condition)
         fisher = float(fisher_exact([[counts[0], n - counts[0]], [counts[1], n - counts[1]]]).pvalue)
-        found.append((counts, fisher, paired(runs.accuracy(arm, condition), runs.accuracy(other, condition))))
-    fishers = holm([fisher for _, fisher, _ in found])
-    ps = holm([None if difference is None else difference.p for _, _, difference in found])
+        found.append((counts, n, fisher, paired(runs.accuracy(arm, condition), runs.accuracy(other, condition))))
+    fishers = holm([fisher for _, _, fisher, _ in found])
+    ps = holm([None if difference is None else difference.p for *_, difference in found])
     return [
-        Test(*cell, counts, float(fisher or 0.0), difference, p)
-        for cell, (counts, _, difference), fisher, p in zip(cells, found, fishers, ps, strict=True)
+        Test(*cell, counts, n, float(fisher or 0.0), difference, p)
+        for cell, (counts, n, _, difference), fisher, p in zip(cells, found, fishers, ps, strict=True)
     ]

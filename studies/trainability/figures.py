@@ -1,4 +1,4 @@
-"""Accuracy against rate, a panel a depth, an arm a curve."""
+"""Who trains at the edge, and accuracy against rate; an arm has one colour in both."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .results import Runs
 
 SLOWER = ", gate rate / 10"  # has the colour of the arm that it is added to
 STYLES = {
+    "linear": "-",
     "linear+balance": "-",
     f"linear+balance{SLOWER}": ":",
     "linear+balance, residual": "--",
@@ -23,31 +24,63 @@ STYLES = {
     "spectral": "-",
     "spectral, relative": "-",
 }
+COLUMNS = 5
+
+
+def edge(results: Results) -> Figure:
+    """A panel for each condition of most seeds, a bar for each arm: the share of its networks that train."""
+    runs = Runs(results)
+    names = runs.edge()
+    rows = -(-len(names) // COLUMNS)
+    figure, axes = plt.subplots(
+        rows, COLUMNS, figsize=(11, 2.5 * rows + 0.3), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    places = list(range(len(runs.arms)))[::-1]
+    for axis, name in zip(axes.flat, names, strict=False):
+        n = len(runs.seeds(name))
+        counts = [runs.trained(arm, name) for arm in runs.arms]
+        bars = axis.barh(
+            places,
+            [100 * count / n for count in counts],
+            color=[color(arm.removesuffix(SLOWER)) for arm in runs.arms],
+            height=0.7,
+        )
+        axis.bar_label(bars, labels=[str(count) for count in counts], fontsize=7, padding=2)
+        axis.set_title(f"{name}\n({n} seeds)", fontsize=9)
+        axis.set_xlim(0, 115)
+        axis.set_xticks([0, 50, 100])
+        axis.set_yticks(places, runs.arms, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    figure.supxlabel("networks that train, % (the number: how many)", fontsize=9)
+    return figure
 
 
 def accuracy(results: Results) -> Figure:
+    """A panel for each depth of which several rates were tried, an arm a curve."""
     runs = Runs(results)
+    panels = {key: of_rates for key in runs.panels if len(of_rates := runs.panel(*key)) > 1}
     figure, axes = plt.subplots(
-        1, len(runs.depths), figsize=(3.1 * len(runs.depths), 3.9), sharey=True, squeeze=False, layout="constrained"
+        1, len(panels), figsize=(2.2 * len(panels), 3.9), sharey=True, squeeze=False, layout="constrained"
     )
-    for axis, depth in zip(axes[0], runs.depths, strict=True):
-        conditions = runs.at_depth(depth)
+    for axis, ((phase, layers), of_rates) in zip(axes[0], panels.items(), strict=True):
         for arm, line in STYLES.items():
-            paint = color(arm.removesuffix(SLOWER))
-            points = [interval(list(runs.accuracy(arm, condition).values())) for condition in conditions.values()]
+            points = [interval(list(runs.accuracy(arm, one.name).values())) for one in of_rates.values()]
             means = [point["mean"] for point in points]
-            axis.plot(list(conditions), means, color=paint, linestyle=line, label=arm, linewidth=1.8, marker="o", markersize=3)
-        axis.axhline(10, color="#CCCCCC", linewidth=0.8, zorder=0)
+            paint = color(arm.removesuffix(SLOWER))
+            axis.plot(list(of_rates), means, color=paint, linestyle=line, label=arm, linewidth=1.8, marker="o", markersize=3)
+        axis.axhline(runs.chance(phase), color="#CCCCCC", linewidth=0.8, zorder=0)
         axis.set_xscale("log")
-        axis.set_xticks(list(conditions), [f"{rate:g}" for rate in conditions])
+        axis.set_xticks(list(of_rates), [f"{rate:g}" for rate in of_rates])
         axis.minorticks_off()
-        axis.set_title(f"{depth} layers", fontsize=10)
+        axis.set_title(f"{phase}, {layers} layers", fontsize=10)
         axis.set_xlabel("learning rate")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel(f"test accuracy, %, mean of {len(runs.seeds)} seeds\n(grey line: chance)")
+    axes[0, 0].set_ylabel("test accuracy, %, mean over seeds\n(grey line: chance)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncol=4, fontsize=8, frameon=False)
     return figure
 
 
-FIGURES: dict[str, Any] = {"trainability": accuracy}
+FIGURES: dict[str, Any] = {"trainability": edge, "trainability_accuracy": accuracy}

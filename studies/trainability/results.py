@@ -59,6 +59,11 @@ class Runs:
         wanted = range(first, first + self._every[condition].seeds)
         return [seed for seed in wanted if all((f"{arm}, {condition}", seed) in self._of for arm in self.arms)]
 
+    def edge(self) -> list[str]:
+        """The conditions that have the stage's number of seeds, not fewer."""
+        most = self.protocol[STAGE_OF_CONDITIONS]["seeds"][1]
+        return [name for name, one in self.conditions.items() if one.seeds == most]
+
     @property
     def panels(self) -> list[tuple[str, int]]:
         """(data, layers), as in the protocol."""

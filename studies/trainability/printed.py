@@ -27,12 +27,14 @@ def section(results: Results) -> str:
         [f"table {TABLES[one.phase]}", f"{one.quantity}: {' − '.join(one.pair)}", f"{one.paper:+.2f}", gap(one.ours), word]
         for one, word in zip(found, words, strict=True)
     ]
-    told = [f"{words.count(word)} {word}" for word in SHOWN.values() if word in words]
+    same = sum(one.ours.mean * one.paper > 0 for one in found)
+    shown, refuted = (words.count(SHOWN[side]) for side in (1, -1))
     head = ["paper", "", "paper's", "ours", "the paper's sign"]
     return (
         "## The paper's tables, where the linear gate trains badly\n\n"
-        f"{_regimes(results)} There the paper's differences have its signs: {', '.join(told)}, of {len(found)}, corrected for "
-        f"all of them (Holm). {_paths(results)}\n\n" + table(head, rows)
+        f"{_regimes(results)} Of the paper's {len(found)} differences {shown} are shown to have its sign there, "
+        f"{refuted} the other (Holm, over all of them); by their means alone {same} have it. {_paths(results)}\n\n"
+        + table(head, rows)
     )
 
 

@@ -119,6 +119,7 @@ def test_the_papers_signs_are_judged_against_the_paper(gap):
         "spectral − baseline", "spectral − clustering", "clustering − baseline",
     )]  # fmt: skip
     assert "70.0 % over 10 seeds" in text.replace("69.9", "70.0").replace("70.1", "70.0")
+    assert f"{3 if gap > 0 else 0} are shown to have its sign there, {0 if gap > 0 else 3} the other" in text
     assert "in 10 of 10; of these train 10." in text
 
 

@@ -36,6 +36,7 @@ ARMS = {
     "ernie": WINE,
     "slower": GREEN,
     # the paper's network at many rates
+    "linear": GREY,
     "linear+balance": ORANGE,
     "linear+balance, residual": BROWN,
     "prototypes+balance": SKY,

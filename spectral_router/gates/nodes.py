@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves
 
 RANDOM = {
     "native_dropout",
@@ -72,6 +72,7 @@ class Node:
     noise: bool = False  # such numbers, times anything
     changed: bool = False  # a parameter that this forward has changed in place
     drawn: bool = False  # a number in its arguments was taken out of a tensor of this forward
+    found: list[Node] | None = None  # its operands, once asked for
 
     @property
     def name(self) -> str:
@@ -82,9 +83,10 @@ class Node:
         return self.name in RANDOM or self.name in RANDOM_IN_PLACE
 
     def operands(self) -> list[Node]:
-        found: list[Node] = []
-        tree_map(lambda value: found.append(value) if isinstance(value, Node) else None, [*self.args, *self.kwargs.values()])
-        return found
+        """The tensors among its arguments; a node's arguments never change, and this is asked again and again."""
+        if self.found is None:
+            self.found = [value for value in tree_leaves([self.args, self.kwargs]) if isinstance(value, Node)]
+        return self.found
 
     def hold(self) -> None:
         if self.held is None and self.tensor is not None:

@@ -48,7 +48,7 @@ def edge(results: Results) -> Figure:
         axis.bar_label(bars, labels=[str(count) for count in counts], fontsize=7, padding=2)
         axis.set_title(f"{name}\n({n} seeds)", fontsize=9)
         axis.set_xlim(0, 115)
-        axis.set_xticks([0, 50, 100])
+        axis.set_xticks([0, 50, 100], ["0", "50", "100"], fontsize=8)
         axis.set_yticks(places, runs.arms, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(names) :]:
@@ -72,7 +72,7 @@ def accuracy(results: Results) -> Figure:
             axis.plot(list(of_rates), means, color=paint, linestyle=line, label=arm, linewidth=1.8, marker="o", markersize=3)
         axis.axhline(runs.chance(phase), color="#CCCCCC", linewidth=0.8, zorder=0)
         axis.set_xscale("log")
-        axis.set_xticks(list(of_rates), [f"{rate:g}" for rate in of_rates])
+        axis.set_xticks(list(of_rates), [f"{rate:.0e}".replace("e-0", "e-") for rate in of_rates])
         axis.minorticks_off()
         axis.set_title(f"{phase}, {layers} layers", fontsize=10)
         axis.set_xlabel("learning rate")

@@ -48,7 +48,7 @@ def of_drift(comparison: Comparison) -> list[str]:
     charts = [
         chart("Relative change ‖W′ − W‖ / ‖W‖", [Curve("change", [gate.change for gate in gates])], ticks, floor=0),
         chart(
-            "Cosine of each row with itself: least, median",
+            "Cosine of each row with itself: least orange, median green",
             [
                 Curve("median", [float(gate.row_cosines.median()) for gate in gates]),
                 Curve("least", [float(gate.row_cosines.min()) for gate in gates], 1),

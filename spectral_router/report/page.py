@@ -29,7 +29,7 @@ from .words import (
 
 _DEPTH = ("Over depth", "Shaded: 5 % to 95 % of fresh gates of the same shape.")
 _DRIFT = ("Drift over depth", "Row spaces, rows and norms, before and after.")
-_RUN = ("Over the run", "One curve a gate: blue the first, red the last; each dot tells its gate.")
+_RUN = ("Over the run", "One curve a gate: from blue, the first, by purple to orange, the last; each dot tells its gate.")
 _HEAT_MAPS = 128  # at most so many, of so many experts
 _EXPERTS = 512
 

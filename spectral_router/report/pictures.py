@@ -71,8 +71,13 @@ def chart(
     return f"<figure><figcaption>{escape(title)}</figcaption>{''.join(parts)}</svg></figure>"
 
 
+def ramp(hue: float) -> str:
+    """Blue at 0, by purple to orange at 1: never green beside red."""
+    return f"hsl({(210 + 170 * hue) % 360:.0f} 70% var(--light))"
+
+
 def _curve(curve: Curve, ticks: Sequence[str], x: _Scale, y: _Scale) -> list[str]:
-    colour = f"var(--c{curve.hue})" if isinstance(curve.hue, int) else f"hsl({210 - 190 * curve.hue:.0f} 70% var(--light))"
+    colour = f"var(--c{curve.hue})" if isinstance(curve.hue, int) else ramp(curve.hue)
     pieces: list[list[tuple[float, float]]] = [[]]
     dots = []
     for place, value in enumerate(curve.values):

@@ -15,7 +15,7 @@ from studies.saved import Results
 from .results import BASE, Arms
 
 DRAWN = (BASE, "slower", "spread", "both", "balance")  # in colour, by name
-OTHERS = "#BBBBBB"
+OTHERS = "#D0D0D0"
 
 
 def models(results: Results) -> list[str]:
@@ -46,7 +46,7 @@ def _panel(axis: Axes, arms: Arms) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(arms.rates, [f"{rate:g}" for rate in arms.rates])
     axis.set_xlabel("learning rate")
-    axis.set_title(f"{arms.model}: means of {len(arms.seeds)} seeds, band: 95 %", fontsize=10)
+    axis.set_title(f"{arms.model}: means of {len(arms.seeds)} seeds, band: 95 %\nthin: the other arms", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
 
 

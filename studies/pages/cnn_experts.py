@@ -50,10 +50,10 @@ def picture(tables: Tables) -> Figure:
     """Evenness, specialisation and accuracy of each constraint."""
     levels = next(one for one in tables.tables if "accuracy" in one.rows[0][0])
     titles = {
-        "importance CV² (even load: 0)": "Importance CV²",
-        "share of the class that the expert tells": "I(class; expert) / H(class)",
-        "one expert on all images, %": "One fixed expert, mean over used experts, %",
-        "test accuracy, %": "Test accuracy, %",
+        "importance CV² (0: even load)": "Importance CV²",
+        "share of the class that the expert tells (1: all)": "I(class; expert) / H(class)",
+        "accuracy of one expert on all images, %": "One fixed expert, mean over used experts, %",
+        "test accuracy, % (more is better)": "Test accuracy, %",
     }
     return panels(
         {title: levels.row(name) for title, name in titles.items()},

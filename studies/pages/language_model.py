@@ -81,10 +81,10 @@ def picture(tables: Tables) -> Figure:
     """What each term changes: the gates, the load, the loss."""
     table = tables.tables[0]
     titles = {
-        "stable rank of the gates": RANK,
-        "dead experts": DEAD,
-        "load CV (even: 0)": LOAD,
-        "validation loss, nats/byte": LOSS,
+        "stable rank of the gates (directions used)": RANK,
+        "dead experts, all layers (fewer is better)": DEAD,
+        "load CV (0: even)": LOAD,
+        "validation loss, nats/byte (lower is better)": LOSS,
     }
     return panels(
         {title: table.row(name) for title, name in titles.items()},
@@ -98,9 +98,9 @@ def picture_finetuning(tables: Tables) -> Figure:
     table: Table = tables.named("Differences to none")
     cells = {
         "stable rank of the gates": table.row("Stable rank of the gates, after"),
-        "old domains: share rerouted": table.row("Old domains: tokens rerouted"),
-        "old domains: loss, at equal gain": table.row(EQUAL, "Old domains: loss given up"),
-        "new domain: gain, nats/byte": table.row("New domain: gain, nats/byte"),
+        "old domains: share of tokens rerouted (less: steadier)": table.row("Old domains: tokens rerouted"),
+        "old domains: loss given up, nats/byte (less is better)": table.row(EQUAL, "Old domains: loss given up"),
+        "new domain: gain, nats/byte (more is better)": table.row("New domain: gain, nats/byte"),
     }
     note = f"difference from no term, paired by seed; diamond: mean over {tables.seeds()} seeds; bar: its 95 % interval"
     return panels(cells, table.columns, marks=dict.fromkeys(cells, 0.0), note=note)

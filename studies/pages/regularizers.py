@@ -14,6 +14,11 @@ from .tables import Cell, Tables
 
 CLAIM = re.compile(r"(.*): (\S+) (lower|higher) than (\S+)")
 GAP, GAP_LOSS = "Gap: training - test accuracy, points", "Gap: test - training loss"
+SENSITIVITY, UNDER_NOISE, TEST = (
+    "norm of the loss's gradient by the image (less is steadier)",
+    "accuracy under noise, points (more is better)",
+    "test accuracy, points (more is better)",
+)  # of panels
 GRADIENT, NOISE = "Norm of the input's gradient, test images", "Test accuracy under noise, mean over levels, %"
 ACCURACY = "Test accuracy, %"
 SIGN = {"lower": -1, "higher": 1}
@@ -67,17 +72,17 @@ def picture_norm(tables: Tables) -> Figure:
     """Differences from no penalty, in the four quantities that the claims are about and in accuracy."""
     table = tables.named("Paired differences from none")
     titles = {
-        "gap of accuracy, points": GAP,
-        "gradient by the image": GRADIENT,
-        "accuracy under noise, points": NOISE,
-        "test accuracy, points": ACCURACY,
+        "training − test accuracy, points (less is better)": GAP,
+        SENSITIVITY: GRADIENT,
+        UNDER_NOISE: NOISE,
+        TEST: ACCURACY,
     }
     return _from_none(tables, {title: table.row(name) for title, name in titles.items()}, table.columns)
 
 
 def picture_energy(tables: Tables) -> Figure:
     table = tables.named("Paired differences from none")
-    titles = {"test accuracy, points": ACCURACY, "accuracy under noise, points": NOISE, "gradient by the image": GRADIENT}
+    titles = {SENSITIVITY: GRADIENT, UNDER_NOISE: NOISE, TEST: ACCURACY}
     return _from_none(tables, {title: table.row(name) for title, name in titles.items()}, table.columns)
 
 

@@ -1,17 +1,19 @@
-"""Who trains at the edge, and accuracy against rate; an arm has one colour in both."""
+"""Every network at the edge, and accuracy against rate; an arm has one colour in both."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from examples.shared.figures import lanes
 from examples.shared.palette import color
 from examples.shared.runs import interval
 from studies.saved import Results
 
-from .results import Runs
+from .results import TRAINED, Runs
 
 SLOWER = ", gate rate / 10"  # has the colour of the arm that it is added to
 STYLES = {
@@ -24,37 +26,47 @@ STYLES = {
     "spectral": "-",
     "spectral, relative": "-",
 }
-COLUMNS = 5
 
 
 def edge(results: Results) -> Figure:
-    """A panel for each condition of most seeds, a bar for each arm: the share of its networks that train."""
+    """A row of panels for each data set, a column for each depth and rate at the edge, a dot for each network."""
     runs = Runs(results)
-    names = runs.edge()
-    rows = -(-len(names) // COLUMNS)
+    at_edge = [runs.conditions[name] for name in runs.edge()]
+    found = {(one.phase, one.changes["layers"], one.changes["lr"]): one.name for one in at_edge}
+    data = list(dict.fromkeys(phase for phase, _, _ in found))
+    columns = sorted({key[1:] for key in found}, key=lambda key: (key[0], -key[1]))
     figure, axes = plt.subplots(
-        rows, COLUMNS, figsize=(11, 2.5 * rows + 0.3), sharex=True, sharey=True, squeeze=False, layout="constrained"
+        len(data), len(columns), figsize=(2.3 * len(columns) + 1.6, 2.7 * len(data) + 0.3), sharex=True, sharey=True,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for row, phase in zip(axes, data, strict=True):
+        for axis, (layers, rate) in zip(row, columns, strict=True):
+            name = found.get((phase, layers, rate))
+            if name is None:
+                axis.set_visible(False)
+            else:
+                _networks(axis, runs, name)
+                axis.set_title(f"{phase}: {layers} layers, rate {_short(rate)}", fontsize=9)
+    axes[0, 0].set_xlim(0, 122)
+    axes[0, 0].set_xticks([0, 50, 100], ["0", "50", "100"])
+    axes[0, 0].set_yticks(range(len(runs.arms))[::-1], runs.arms)
+    figure.supxlabel(
+        f"test accuracy, %; a dot is a network; from the line on, {TRAINED} times chance, it has trained (right: how many)",
+        fontsize=9,
     )
-    places = list(range(len(runs.arms)))[::-1]
-    for axis, name in zip(axes.flat, names, strict=False):
-        n = len(runs.seeds(name))
-        counts = [runs.trained(arm, name) for arm in runs.arms]
-        bars = axis.barh(
-            places,
-            [100 * count / n for count in counts],
-            color=[color(arm.removesuffix(SLOWER)) for arm in runs.arms],
-            height=0.7,
-        )
-        axis.bar_label(bars, labels=[str(count) for count in counts], fontsize=7, padding=2)
-        axis.set_title(f"{name}\n({n} seeds)", fontsize=9)
-        axis.set_xlim(0, 115)
-        axis.set_xticks([0, 50, 100], ["0", "50", "100"], fontsize=8)
-        axis.set_yticks(places, runs.arms, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes.flat[len(names) :]:
-        axis.set_visible(False)
-    figure.supxlabel("networks that train, % (the number: how many)", fontsize=9)
     return figure
+
+
+def _networks(axis: Axes, runs: Runs, name: str) -> None:
+    limit = TRAINED * runs.chance(runs.conditions[name].phase)
+    axis.axvline(limit, color="gray", linewidth=0.8, zorder=1)
+    for place, arm in enumerate(runs.arms[::-1]):
+        values = list(runs.accuracy(arm, name).values())
+        paint = color(arm.removesuffix(SLOWER))
+        axis.scatter(values, place + lanes(values, 0.55), s=7, color=paint, alpha=0.7, linewidths=0, zorder=2)
+        axis.text(120, place, f"{runs.trained(arm, name)}/{len(values)}", ha="right", va="center", fontsize=7, color=paint)
+    axis.tick_params(labelsize=8, labelbottom=True)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def accuracy(results: Results) -> Figure:
@@ -72,15 +84,20 @@ def accuracy(results: Results) -> Figure:
             axis.plot(list(of_rates), means, color=paint, linestyle=line, label=arm, linewidth=1.8, marker="o", markersize=3)
         axis.axhline(runs.chance(phase), color="#CCCCCC", linewidth=0.8, zorder=0)
         axis.set_xscale("log")
-        axis.set_xticks(list(of_rates), [f"{rate:.0e}".replace("e-0", "e-") for rate in of_rates])
+        axis.set_xticks(list(of_rates), [_short(rate) for rate in of_rates])
+        axis.margins(x=0.15)
         axis.minorticks_off()
         axis.set_title(f"{phase}, {layers} layers", fontsize=10)
         axis.set_xlabel("learning rate")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("test accuracy, %, mean over seeds\n(grey line: chance)")
+    axes[0, 0].set_ylabel("test accuracy, %, mean of all networks\n(grey line: chance)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncol=4, fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncol=4, fontsize=8, frameon=False, handlelength=3.2)
     return figure
+
+
+def _short(rate: float) -> str:
+    return f"{rate:.0e}".replace("e-0", "e-")
 
 
 FIGURES: dict[str, Any] = {"trainability": edge, "trainability_accuracy": accuracy}

@@ -44,7 +44,7 @@ def page(results: Results) -> str:
         "# Trainability",
         "Which gates let the paper's network learn at all, as it gets deeper and the rate higher?",
         answer(runs, found),
-        "![At each condition of the edge, the share of networks that train, a bar for each arm](images/trainability.png)",
+        "![Test accuracy of every network, a panel for each depth and rate, a row for each arm](images/trainability.png)",
         f"*Chance is 10 % for the ten digits and 25 % for the four photo classes; trained means twice that. {layers[0]} to "
         f"{layers[-1]} layers of four experts, without residual but where it is named, rates {rates[0]:g} to {rates[-1]:g} on "
         f"{data}; {len(runs.arms)} arms in {len(runs.conditions)} conditions, {_seeds(counts)} seeds each, none tuned. The "
@@ -52,6 +52,7 @@ def page(results: Results) -> str:
         each_arm(runs, found),
         "## Accuracy against the rate",
         "![Test accuracy against the learning rate, a panel for each depth](images/trainability_accuracy.png)",
+        "*Means of networks that learn and of networks that do not: between the two there may be none.*",
         printed.section(results),
         f"[Every cell](trainability_tables.md). Made by `{COMMAND} run --photos FOLDER` and `{COMMAND} page`; without photos "
         "the digits run, from inside a package.",

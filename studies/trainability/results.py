@@ -13,6 +13,7 @@ from studies.saved import Results
 from studies.verdicts import holm, of_effect
 
 RESULTS = Path(__file__).with_name("results.json")
+TRAINED = 2  # times chance, from which on a network counts as trained
 KEPT = ("stage", "phase", "arm", "seed", "accuracy", "spectral_norm", "stable_rank")
 
 
@@ -83,7 +84,7 @@ class Runs:
         return {seed: self._of[f"{arm}, {condition}", seed]["accuracy"] for seed in self.seeds(condition)}
 
     def trained(self, arm: str, condition: str) -> int:
-        from_here = 2 * self.chance(self.conditions[condition].phase)
+        from_here = TRAINED * self.chance(self.conditions[condition].phase)
         return sum(value >= from_here for value in self.accuracy(arm, condition).values())
 
     def one_path(self, arm: str, condition: str) -> int:

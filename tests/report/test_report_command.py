@@ -328,3 +328,5 @@ def test_the_charts_alone_are_one_picture(arguments: list[str], model: Path, tmp
     assert len(root.findall("{*}svg")) == len(root.findall("{*}text")) >= 6
     assert all(part.findall("{*}polyline") or part.findall("{*}circle") for part in root.findall("{*}svg"))
     assert "var(" not in target.read_text()
+    keys = [len(key.findall("{*}circle")) for key in root.findall("{*}g")]  # which curve is which gate
+    assert keys == ([3] if arguments == ["inspect", "A", "B"] else [])

@@ -11,6 +11,8 @@ from .panels import panels
 from .tables import Cell, Tables
 
 SOFT, HARD = ("importance", "kl"), ("relative", "mean")
+KINDS = {"soft": SOFT, "hard": HARD}
+CALLED = {"plain": "plain network", "none": "no constraint", "quiet": "the same, without noise"}
 SIGN = {"above 0": 1, "below 0": -1}
 
 
@@ -58,6 +60,7 @@ def picture(tables: Tables) -> Figure:
     return panels(
         {title: levels.row(name) for title, name in titles.items()},
         levels.columns,
-        names={arm: f"{arm} ({kind})" for kind, arms in {"soft": SOFT, "hard": HARD}.items() for arm in arms},
-        note=f"diamond: mean over {tables.seeds()} seeds; bar: its 95 % interval; –: has no experts",
+        names=CALLED | {arm: f"{arm} constraint ({kind})" for kind, arms in KINDS.items() for arm in arms},
+        note=f"diamond: mean over {tables.seeds()} seeds; bar: its 95 % interval; –: has no experts. Soft: a loss; "
+        "hard: experts over their share are closed",
     )

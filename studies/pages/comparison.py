@@ -17,6 +17,11 @@ TITLES = ("Every arm: accuracy, delta, routing, time of a step", "How each stren
 DIFFERENCE = "accuracy − reference, points"
 TRAINS = 60.0  # accuracy, %: arms below it have failed, and have no scale with the others
 NO_BALANCE = ("linear gate", "prototypes")
+HEADS = {
+    "linear gate": "gates, nothing added",
+    "CV² (eq. 6)": "prototypes, one balance loss",
+    "no penalty": "prototypes, CV², one penalty",
+}
 EVEN = ("CV² (eq. 6)", "KL", "Switch", "loss-free bias")
 
 
@@ -61,8 +66,10 @@ def picture(tables: Tables) -> Figure:
         marks={titles[1]: 0.0} | ({titles[0]: accuracy[REFERENCE].mean} if REFERENCE in accuracy else {}),
         limits={titles[0]: (low - 0.5, 100.0)},
         height=0.27,
+        heads={arm: head for arm, head in HEADS.items() if arm in accuracy},
+        names={"the same, relative": f"{REFERENCE}, relative"},
         note=f"diamond: mean over {tables.seeds()} seeds; bar: its 95 % interval; grey line: {REFERENCE}, or no change; "
-        "◀: fails, beyond the scale",
+        "◀: fails, beyond the scale; –: not measured there. CV², no penalty and rescue are the same runs",
     )
 
 

@@ -27,16 +27,22 @@ def panels(
     limits: Mapping[str, tuple[float, float]] | None = None,
     height: float = 0.34,
     names: Mapping[str, str] | None = None,
+    heads: Mapping[str, str] | None = None,
     note: str = "diamond: mean; bar: its 95 % interval",
 ) -> Figure:
     """By title, by arm. `marks` draws a line at a value of a quantity, what lies beyond `limits` is written at the edge, and
-    `names` are what rows are called instead."""
+    `names` are what rows are called instead; `heads` stand in bold above the row that they are given for."""
+    rows = [row for arm in arms for row in ([(heads or {})[arm]] if arm in (heads or {}) else []) + [arm]]
+    bold = set((heads or {}).values())
     figure, grid = plt.subplots(
-        1, len(quantities), figsize=(WIDTH, 1.1 + height * len(arms)), sharey=True, layout="constrained", squeeze=False
+        1, len(quantities), figsize=(WIDTH, 1.1 + height * len(rows)), sharey=True, layout="constrained", squeeze=False
     )
     for axes, (title, cells) in zip(grid[0], quantities.items(), strict=True):
         low, high = (limits or {}).get(title, (float("-inf"), float("inf")))
-        for place, arm in enumerate(reversed(arms)):
+        for place, arm in enumerate(reversed(rows)):
+            if arm in bold:
+                axes.axhline(place + 0.5, color="#DDDDDD", linewidth=0.8)
+                continue
             found = cells.get(arm)
             if found is None:
                 axes.text(0.5, place, "–", transform=axes.get_yaxis_transform(), ha="center", va="center", color=NEUTRAL)
@@ -56,7 +62,9 @@ def panels(
         axes.grid(axis="x", alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.tick_params(axis="x", labelsize=8)
-    grid[0, 0].set_yticks(range(len(arms)), [(names or {}).get(arm, arm) for arm in reversed(arms)], fontsize=9)
-    grid[0, 0].set_ylim(-0.6, len(arms) - 0.4)
+    grid[0, 0].set_yticks(range(len(rows)), [(names or {}).get(arm, arm) for arm in reversed(rows)], fontsize=9)
+    for row, label in zip(reversed(rows), grid[0, 0].get_yticklabels(), strict=True):
+        label.set_fontweight("bold" if row in bold else "normal")
+    grid[0, 0].set_ylim(-0.6, len(rows) - 0.4)
     figure.supxlabel(fill(note, 110), fontsize=8)
     return figure

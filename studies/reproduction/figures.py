@@ -58,7 +58,8 @@ def paths(results: Results) -> Figure:
     """How much of the class the path tells: a dot a seed, by phase, all on one scale."""
     figure = _panels(results, routing.information)
     figure.supxlabel(
-        f"share of the class that the path tells, beyond chance (1: every class has its own paths)\n{DOTS}", fontsize=9
+        f"how much an image's path tells of its class: 0 no more than by chance, 1 every class has paths of its own\n{DOTS}",
+        fontsize=9,
     )
     return figure
 
@@ -148,11 +149,20 @@ def _panels(results: Results, quantity: Quantity) -> Figure:
     )  # fmt: skip
     for axes, phase in zip(grid.flat, phases, strict=False):
         _dots(axes, results, phase, quantity)
-        axes.set_title(phase,
-                       fontsize=9)  # fmt: skip
+        axes.set_title(_title(results, phase), fontsize=9)
+        axes.tick_params(axis="x", labelbottom=True, labelsize=8)
     for axes in grid.flat[len(phases) :]:
         axes.set_axis_off()
     return figure
+
+
+def _title(results: Results, phase: str) -> str:
+    """The data, the size of the network and, where there are smaller sets of the same data, of the set."""
+    settings = results["protocol"]["main"]["phases"]
+    one, each = settings[phase], "samples_per_class"
+    sizes = {other.get(each) for other in settings.values() if other["data"] == one["data"]}
+    told = f"{one['data']}, {one['layers']} layers of {one['experts']} experts"
+    return f"{told}, {one[each]} images a class" if len(sizes) > 1 else told
 
 
 def _dots(axes: Axes, results: Results, phase: str, quantity: Quantity) -> None:

@@ -14,6 +14,9 @@ from .statistics import Quantity, Results
 from .tables import routers_of
 
 
+LABELS = ("where all have learned\nequally much", "at the largest rate\nof each rule")  # of the rows
+
+
 def forgetting(results: Results, phase: str) -> Figure:
     """A column a rule; above where updates teach equally much, below at the largest rate. One scale, so that harm is seen."""
     rules = stats.rules_of(results, stats.select(results, "main", phase))
@@ -24,12 +27,19 @@ def forgetting(results: Results, phase: str) -> Figure:
         largest = max(rule["rates"])
         _row(grid[0, column], results, phase, stats.equal(rule))
         _row(grid[1, column], results, phase, stats.point(rule, largest, "mean_delta"))
-        grid[0, column].set_title(f"{rule['name']}\nequally much learned", fontsize=9)
+        grid[0, column].set_title(rule["name"], fontsize=10, fontweight="bold")
         grid[1, column].set_title(f"rate {largest:g}", fontsize=9)
-    for axes in grid[:, 0]:
+    for axes, label in zip(
+        grid[:, 0], ("where all have learned\nequally much", "at the largest rate\nof each rule"), strict=True
+    ):
+        axes.set_ylabel(label, fontsize=10, fontweight="bold")
         axes.set_yticks(range(len(routers)), list(reversed(routers)), fontsize=8)
         axes.set_ylim(-0.6, len(routers) - 0.4)
-    figure.supxlabel("change of test accuracy by one update, points: mean and 95 % interval (left of 0: forgotten)", fontsize=9)
+    figure.supxlabel(
+        "change of test accuracy by one update on a novel image, points: mean and 95 % interval\n"
+        "left of 0: the update has made the network forget; right: it has taught more than the image",
+        fontsize=9,
+    )
     return figure
 
 

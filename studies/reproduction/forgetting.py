@@ -13,7 +13,6 @@ from . import statistics as stats
 from .statistics import Quantity, Results
 from .tables import routers_of
 
-
 LABELS = ("where all have learned\nequally much", "at the largest rate\nof each rule")  # of the rows
 
 
@@ -27,12 +26,12 @@ def forgetting(results: Results, phase: str) -> Figure:
         largest = max(rule["rates"])
         _row(grid[0, column], results, phase, stats.equal(rule))
         _row(grid[1, column], results, phase, stats.point(rule, largest, "mean_delta"))
-        grid[0, column].set_title(rule["name"], fontsize=10, fontweight="bold")
+        grid[0, column].set_title(rule["name"], fontsize=9.5)
         grid[1, column].set_title(f"rate {largest:g}", fontsize=9)
     for axes, label in zip(
         grid[:, 0], ("where all have learned\nequally much", "at the largest rate\nof each rule"), strict=True
     ):
-        axes.set_ylabel(label, fontsize=10, fontweight="bold")
+        axes.set_ylabel(label, fontsize=9.5)
         axes.set_yticks(range(len(routers)), list(reversed(routers)), fontsize=8)
         axes.set_ylim(-0.6, len(routers) - 0.4)
     figure.supxlabel(

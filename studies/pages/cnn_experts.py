@@ -53,14 +53,15 @@ def picture(tables: Tables) -> Figure:
     levels = next(one for one in tables.tables if "accuracy" in one.rows[0][0])
     titles = {
         "importance CV² (0: even load)": "Importance CV²",
-        "share of the class that the expert tells (1: all)": "I(class; expert) / H(class)",
-        "accuracy of one expert on all images, %": "One fixed expert, mean over used experts, %",
+        "share of the class that the expert tells (more: special)": "I(class; expert) / H(class)",
+        "accuracy of one expert on all images, % (more: general)": "One fixed expert, mean over used experts, %",
         "test accuracy, % (more is better)": "Test accuracy, %",
     }
     return panels(
         {title: levels.row(name) for title, name in titles.items()},
         levels.columns,
+        absent="no experts",
         names=CALLED | {arm: f"{arm} constraint ({kind})" for kind, arms in KINDS.items() for arm in arms},
-        note=f"diamond: mean over {tables.seeds()} seeds; bar: its 95 % interval; –: has no experts. Soft: a loss; "
+        note=f"diamond: mean over {tables.seeds()} seeds; bar: its 95 % interval. Soft: a loss; "
         "hard: experts over their share are closed",
     )

@@ -19,7 +19,7 @@ TRAINS = 60.0  # accuracy, %: arms below it have failed, and have no scale with 
 NO_BALANCE = ("linear gate", "prototypes")
 HEADS = {
     "linear gate": "gates, nothing added",
-    "CV² (eq. 6)": "prototypes, one balance loss",
+    "CV² (eq. 6)": "one balance loss, prototypes or as named",
     "no penalty": "prototypes, CV², one penalty",
 }
 EVEN = ("CV² (eq. 6)", "KL", "Switch", "loss-free bias")
@@ -69,7 +69,7 @@ def picture(tables: Tables) -> Figure:
         heads={arm: head for arm, head in HEADS.items() if arm in accuracy},
         names={"the same, relative": f"{REFERENCE}, relative"},
         note=f"diamond: mean over {tables.seeds()} seeds; bar: its 95 % interval; grey line: {REFERENCE}, or no change; "
-        "◀: fails, beyond the scale; –: not measured there. CV², no penalty and rescue are the same runs",
+        "◀: fails, beyond the scale (chance: 25 %, four digits). CV², no penalty and rescue are the same runs",
     )
 
 

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from examples.shared.palette import NEUTRAL, color
+from examples.shared.palette import color
 
 from .tables import Cell
 
@@ -28,10 +28,12 @@ def panels(
     height: float = 0.34,
     names: Mapping[str, str] | None = None,
     heads: Mapping[str, str] | None = None,
+    absent: str = "not measured",
     note: str = "diamond: mean; bar: its 95 % interval",
 ) -> Figure:
     """By title, by arm. `marks` draws a line at a value of a quantity, what lies beyond `limits` is written at the edge, and
-    `names` are what rows are called instead; `heads` stand in bold above the row that they are given for."""
+    `names` are what rows are called instead; `heads` stand in bold above the row that they are given for. `absent` is
+    written where there is no number."""
     rows = [row for arm in arms for row in ([(heads or {})[arm]] if arm in (heads or {}) else []) + [arm]]
     bold = set((heads or {}).values())
     figure, grid = plt.subplots(
@@ -45,7 +47,7 @@ def panels(
                 continue
             found = cells.get(arm)
             if found is None:
-                axes.text(0.5, place, "–", transform=axes.get_yaxis_transform(), ha="center", va="center", color=NEUTRAL)
+                axes.text(0.03, place, absent, transform=axes.get_yaxis_transform(), va="center", fontsize=7, color="#999999")
                 continue
             if not low <= found.mean <= high:
                 edge, side = (0.02, "left") if found.mean < low else (0.98, "right")

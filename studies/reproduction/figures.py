@@ -27,7 +27,7 @@ from .failing import conditions
 from .forgetting import forgetting
 from .statistics import Difference, Quantity, Record, Results
 from .sweep import sweep_arms, sweep_rule, swept
-from .tables import routers_of
+from .tables import phase_title, routers_of
 
 DOTS = "dots: seeds; diamond: their mean, with its 95 % interval"
 PAPER = ("baseline", "clustering", "spectral")
@@ -129,7 +129,9 @@ def failure(results: Results) -> Figure:
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
     axes.set_title(
-        "A mark a network. Filled: it trains, and ends at this test accuracy; hollow: it fails; cross: it fails, on one path",
+        "A mark is a network. Filled: it trains, and ends at this test accuracy; hollow: it fails, that is, stays below "
+        f"{results['protocol']['failed']['accuracy_below']:g} %\n({phase_title(results, of_stage['phase'])}); "
+        "cross: it fails, and all images take one path",
         fontsize=9,
     )
     return figure
@@ -149,20 +151,11 @@ def _panels(results: Results, quantity: Quantity) -> Figure:
     )  # fmt: skip
     for axes, phase in zip(grid.flat, phases, strict=False):
         _dots(axes, results, phase, quantity)
-        axes.set_title(_title(results, phase), fontsize=9)
+        axes.set_title(phase_title(results, phase), fontsize=9)
         axes.tick_params(axis="x", labelbottom=True, labelsize=8)
     for axes in grid.flat[len(phases) :]:
         axes.set_axis_off()
     return figure
-
-
-def _title(results: Results, phase: str) -> str:
-    """The data, the size of the network and, where there are smaller sets of the same data, of the set."""
-    settings = results["protocol"]["main"]["phases"]
-    one, each = settings[phase], "samples_per_class"
-    sizes = {other.get(each) for other in settings.values() if other["data"] == one["data"]}
-    told = f"{one['data']}, {one['layers']} layers of {one['experts']} experts"
-    return f"{told}, {one[each]} images a class" if len(sizes) > 1 else told
 
 
 def _dots(axes: Axes, results: Results, phase: str, quantity: Quantity) -> None:

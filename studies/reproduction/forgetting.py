@@ -11,7 +11,7 @@ from examples.shared.runs import interval
 
 from . import statistics as stats
 from .statistics import Quantity, Results
-from .tables import routers_of
+from .tables import phase_title, routers_of
 
 LABELS = ("where all have learned\nequally much", "at the largest rate\nof each rule")  # of the rows
 
@@ -34,6 +34,8 @@ def forgetting(results: Results, phase: str) -> Figure:
         axes.set_ylabel(label, fontsize=9.5)
         axes.set_yticks(range(len(routers)), list(reversed(routers)), fontsize=8)
         axes.set_ylim(-0.6, len(routers) - 0.4)
+    seeds = len(stats.select(results, "main", phase, routers[0]))
+    figure.suptitle(f"{phase_title(results, phase)}: {seeds} seeds", fontsize=9.5)
     figure.supxlabel(
         "change of test accuracy by one update on a novel image, points: mean and 95 % interval\n"
         "left of 0: the update has made the network forget; right: it has taught more than the image",

@@ -45,6 +45,16 @@ def sections(results: Results) -> dict[str, str]:
     return made
 
 
+def phase_title(results: Results, phase: str) -> str:
+    """The data, the size of the network and, where there are smaller sets of the same data, of the set."""
+    settings = results["protocol"]["main"]["phases"]
+    one, each = settings[phase], "samples_per_class"
+    sizes = {other.get(each) for other in settings.values() if other["data"] == one["data"]}
+    classes = len(results["data"][phase]["classes"])
+    told = f"{one['data']}, {classes} classes, {one['layers']} layers of {one['experts']} experts"
+    return f"{told}, {one[each]} images a class" if len(sizes) > 1 else told
+
+
 def main_table(results: Results, phase: str) -> str:
     everyone = stats.select(results, "main", phase)
     if not everyone:

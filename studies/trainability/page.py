@@ -15,12 +15,20 @@ from studies.saved import Results
 from studies.verdicts import SHOWN, unbroken
 
 from . import figures, printed
-from .results import Runs, Test, control, tests
+from .results import TRAINED, Runs, Test, control, tests
 
 PAGE, TABLES = "trainability.md", "trainability_tables.md"
 COMMAND = "python -m studies.trainability"
 STEPS = ("prototypes+balance", "spectral")  # from the linear gate to the paper's router, one part at a time
 OF_STEPS = ("Prototypes instead of a linear gate", "The paper's penalty on the prototypes")
+
+
+ARMS = (
+    "`linear` is the paper's baseline, `prototypes+balance` its clustering router, `spectral` has its penalty too. "
+    "`gate rate / 10`: the gates learn at a tenth of the rate. `residual`: each layer's input is added to its output, which the "
+    "paper does not do. `relative`: the penalty in units of its targets, at strength 1. `norm term alone`: equation 3 alone. "
+    "`projected`: the prototypes are put on the penalty's optimum after each step."
+)
 
 
 def write(results: Results, docs: Path) -> list[Path]:
@@ -37,18 +45,21 @@ def page(results: Results) -> str:
     found = tests(runs)
     rates = sorted({one.changes["lr"] for one in runs.conditions.values()})
     layers = sorted({one.changes["layers"] for one in runs.conditions.values()})
-    data = " and ".join(dict.fromkeys(one.phase for one in runs.conditions.values()))
+    chance = " and ".join(
+        f"{runs.chance(phase):g} % for {phase}" for phase in dict.fromkeys(one.phase for one in runs.conditions.values())
+    )
     counts = [len(runs.seeds(name)) for name in runs.conditions]
     parts = [
         f"<!-- made by `{COMMAND} page`; change studies/trainability/page.py -->",
         "# Trainability",
-        "Which gates let the paper's network learn at all, as it gets deeper and the rate higher?",
+        "Which gates let the paper's network learn at all, at depths and rates where some do and some do not?",
         answer(runs, found),
         "![Test accuracy of every network, a panel for each depth and rate, a row for each arm](images/trainability.png)",
-        f"*Chance is 10 % for the ten digits and 25 % for the four photo classes; trained means twice that. {layers[0]} to "
-        f"{layers[-1]} layers of four experts, without residual but where it is named, rates {rates[0]:g} to {rates[-1]:g} on "
-        f"{data}; {len(runs.arms)} arms in {len(runs.conditions)} conditions, {_seeds(counts)} seeds each, none tuned. The "
-        "protocol (`studies/trainability/study.toml`) was fixed before the runs.*",
+        f"*Chance is {chance}; a network has trained from {TRAINED} times that on. {layers[0]} to {layers[-1]} layers of "
+        f"four experts, rates {rates[0]:g} to {rates[-1]:g}; {len(runs.arms)} arms in {len(runs.conditions)} conditions, "
+        f"{_seeds(counts)} seeds each, none tuned; the panels are those of most seeds. The protocol "
+        "(`studies/trainability/study.toml`) was fixed before the runs.*",
+        ARMS,
         each_arm(runs, found),
         "## Accuracy against the rate",
         "![Test accuracy against the learning rate, a panel for each depth](images/trainability_accuracy.png)",

@@ -9,6 +9,7 @@ from studies.saved import Results
 from studies.verdicts import SHOWN, holm, of_effect
 
 TABLES = {"photos-4x4": 2, "photos-2x2": 1}
+TOO_FEW = "too few trained"
 
 
 def ran(results: Results, phase: str) -> bool:
@@ -20,11 +21,17 @@ def section(results: Results) -> str:
     found = beside(results)
     if not found:
         return ""
-    # seen from the paper's sign
-    ps = holm([one.ours.p for one in found])
-    words = [of_effect(p, one.ours.mean * one.paper) for one, p in zip(found, ps, strict=True)]
+    # seen from the paper's sign; delta has only a network that trains
+    ps = holm([one.ours.p if one.ours.enough else None for one in found])
+    words = [of_effect(p, one.ours.mean * one.paper) if one.ours.enough else TOO_FEW for one, p in zip(found, ps, strict=True)]
     rows = [
-        [f"table {TABLES[one.phase]}", f"{one.quantity}: {' − '.join(one.pair)}", f"{one.paper:+.2f}", gap(one.ours), word]
+        [
+            f"table {TABLES[one.phase]}",
+            f"{one.quantity}: {' − '.join(one.pair)}",
+            f"{one.paper:+.2f}",
+            gap(one.ours, of=one.ours.of),
+            word,
+        ]
         for one, word in zip(found, words, strict=True)
     ]
     same = sum(one.ours.mean * one.paper > 0 for one in found)

@@ -108,10 +108,12 @@ def test_no_line_ends_inside_a_number():
 
 def test_a_panel_writes_what_is_beyond_its_scale():
     cells = {"q": {"far": tables.Cell(2.0, 1.0, ".1f"), "near": tables.Cell(90.0, 1.0, ".1f")}}
-    figure = panels.panels(cells, ["far", "near", "none"], limits={"q": (80.0, 100.0)}, names={"near": "near (here)"})
+    figure = panels.panels(cells, ["far", "near", "none"], limits={"q": (80.0, 100.0)}, names={"near": "near (here)"},
+                           heads={"near": "a group"})  # fmt: skip
     (axes,) = figure.axes
-    assert [text.get_text() for text in axes.texts] == ["–", "◀ 2.0 ± 1.0"]
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["none", "near (here)", "far"]
+    assert [text.get_text() for text in axes.texts] == ["not measured", "◀ 2.0 ± 1.0"]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["none", "near (here)", "a group", "far"]
+    assert [text.get_fontweight() for text in axes.get_yticklabels()] == ["normal", "normal", "bold", "normal"]
     assert axes.get_xlim() == (80.0, 100.0)
     plt.close(figure)
 

@@ -25,9 +25,9 @@ OF_STEPS = ("Prototypes instead of a linear gate", "The paper's penalty on the p
 
 ARMS = (
     "`linear` is the paper's baseline, `prototypes+balance` its clustering router, `spectral` has its penalty too. "
-    "`gate rate / 10`: the gates learn at a tenth of the rate. `residual`: each layer's input is added to its output, which the "
-    "paper does not do. `relative`: the penalty in units of its targets, at strength 1. `norm term alone`: equation 3 alone. "
-    "`projected`: the prototypes are put on the penalty's optimum after each step."
+    "`gate rate / 10`: the gates learn at a tenth of the rate. `residual`: each layer's input is added to its output, which "
+    "the paper does not do. `relative`: the penalty in units of its targets, at strength 1. `norm term alone`: equation 3 "
+    "alone. `projected`: the prototypes are put on the penalty's optimum after each step."
 )
 
 

@@ -52,9 +52,8 @@ def picture(tables: Tables) -> Figure:
     """Evenness, specialisation and accuracy of each constraint."""
     levels = next(one for one in tables.tables if "accuracy" in one.rows[0][0])
     titles = {
-        "importance CV² (0: even load)": "Importance CV²",
-        "share of the class that the expert tells (more: special)": "I(class; expert) / H(class)",
-        "accuracy of one expert on all images, % (more: general)": "One fixed expert, mean over used experts, %",
+        "uneven load: importance CV² (0: even)": "Importance CV²",
+        "specialised: how much the expert tells of the class (0 nothing, 1 all)": "I(class; expert) / H(class)",
         "test accuracy, % (more is better)": "Test accuracy, %",
     }
     return panels(

@@ -55,7 +55,7 @@ def picture(tables: Tables) -> Figure:
     accuracy, delta = table.column("accuracy, %"), table.column("delta at equal plasticity, points")
     kept = [found for found in accuracy.values() if found.mean >= TRAINS]
     low = min((found.mean - (found.half or 0) for found in kept), default=0.5)
-    titles = ("test accuracy, % (more is better)", "change by an update, points (more is better)", "stable rank (of 4)")
+    titles = ("test accuracy, % (more is better)", "change of test accuracy by an update, points", "stable rank (of 4)")
     return panels(
         {
             titles[0]: accuracy,

@@ -26,7 +26,7 @@ def forgetting(results: Results, phase: str) -> Figure:
         largest = max(rule["rates"])
         _row(grid[0, column], results, phase, stats.equal(rule))
         _row(grid[1, column], results, phase, stats.point(rule, largest, "mean_delta"))
-        grid[0, column].set_title(rule["name"], fontsize=9.5)
+        grid[0, column].set_title(f"{rule['name']}\n{rule['plasticity']:.0%} of the loss learned", fontsize=9.5)
         grid[1, column].set_title(f"rate {largest:g}", fontsize=9)
     for axes, label in zip(
         grid[:, 0], ("where all have learned\nequally much", "at the largest rate\nof each rule"), strict=True

@@ -14,7 +14,7 @@ from studies.verdicts import holm, of_effect
 
 RESULTS = Path(__file__).with_name("results.json")
 TRAINED = 2  # times chance, from which on a network counts as trained
-KEPT = ("stage", "phase", "arm", "seed", "accuracy", "spectral_norm", "stable_rank")
+KEPT = ("stage", "phase", "arm", "seed", "accuracy")
 
 
 class Test(NamedTuple):

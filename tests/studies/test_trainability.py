@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 
@@ -98,6 +99,19 @@ def test_the_page_says_it_from_the_results(tmp_path):
     assert "The paper's tables" not in text
     assert "60.0\u00a0± 0.0" not in (tmp_path / "trainability_tables.md").read_text()
     assert "60.0 ± 0.0, worst 60.0<br>8 of 8 trained" in (tmp_path / "trainability_tables.md").read_text()
+
+
+def test_the_committed_results_are_the_protocols_and_the_page_is_theirs():
+    found = saved.read(results.RESULTS)
+    plan = protocol.read(PROTOCOL, STAGES)
+    assert found["protocol"] == plan
+    wanted = [run for stage in STAGES for run in protocol.runs(plan, stage, {"photos": "there"})]
+    assert {(run["stage"], run["phase"], run["arm"], run["seed"]) for run in found["runs"]} == {
+        (run.stage, run.phase, run.arm, run.seed) for run in wanted
+    }
+    docs = Path(__file__).parents[2] / "docs"
+    assert (docs / page.PAGE).read_text(encoding="utf-8") == page.page(found)
+    assert (docs / page.TABLES).read_text(encoding="utf-8") == page.tables(found)
 
 
 @pytest.mark.parametrize("gap", [10.0, -10.0])

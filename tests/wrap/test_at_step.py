@@ -127,7 +127,7 @@ def test_as_in_the_loss_when_compiled(accumulation: int) -> None:
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_penalty_under_autocast(accumulation: int) -> None:
-    """One step: at the next, weights that differ in float32's last digit are rounded to different bfloat16 on some processors."""
+    """One step: at the next, weights that differ in the last digit may be rounded to different bfloat16, on some processors."""
     how = {"accumulation": accumulation, "autocast": True, "dtype": torch.float32, "balance": None, "steps": 1}
     expected, without = train(False, **how), train(False, **how | {"penalty": None})
     assert_equal(expected, train(True, **how), 1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -35,8 +36,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
-    does = {"run": _run, "clipping": _clipping, "page": partial(make_page, "studies.learning_rates.page")}[given.command]
-    return finish(lambda: does(given), resumes="")
+    page = partial(make_page, "studies.learning_rates.page")
+    does: dict[str, Callable[[argparse.Namespace], str]] = {"run": _run, "clipping": _clipping, "page": page}
+    return finish(lambda: does[given.command](given), resumes="")
 
 
 def _run(given: argparse.Namespace) -> str:

@@ -29,25 +29,25 @@ STYLES = {
 
 
 def edge(results: Results) -> Figure:
-    """A row of panels for each data set, a column for each depth and rate at the edge, a dot for each network."""
+    """A column of panels for each data set, a row for each depth and rate at the edge, a dot for each network."""
     runs = Runs(results)
     at_edge = [runs.conditions[name] for name in runs.edge()]
     found = {(one.phase, one.changes["layers"], one.changes["lr"]): one.name for one in at_edge}
     data = list(dict.fromkeys(phase for phase, _, _ in found))
-    columns = sorted({key[1:] for key in found}, key=lambda key: (key[0], -key[1]))
+    places = sorted({key[1:] for key in found}, key=lambda key: (key[0], -key[1]))
     figure, axes = plt.subplots(
-        len(data), len(columns), figsize=(2.3 * len(columns) + 1.6, 2.7 * len(data) + 0.3), sharex=True, sharey=True,
+        len(places), len(data), figsize=(3.4 * len(data) + 1.9, 1.72 * len(places) + 0.4), sharex=True, sharey=True,
         squeeze=False, layout="constrained",
     )  # fmt: skip
-    for row, phase in zip(axes, data, strict=True):
-        for axis, (layers, rate) in zip(row, columns, strict=True):
+    for column, phase in zip(axes.T, data, strict=True):
+        for axis, (layers, rate) in zip(column, places, strict=True):
             name = found.get((phase, layers, rate))
             if name is None:
                 axis.set_visible(False)
             else:
                 _networks(axis, runs, name)
-                axis.set_title(f"{phase}: {layers} layers, rate {_short(rate)}", fontsize=9)
-    axes[0, 0].set_xlim(0, 122)
+                axis.set_title(f"{phase}: {layers} layers, rate {_short(rate)}", fontsize=9.5)
+    axes[0, 0].set_xlim(0, 118)
     axes[0, 0].set_xticks([0, 50, 100], ["0", "50", "100"])
     axes[0, 0].set_yticks(range(len(runs.arms))[::-1], runs.arms)
     figure.supxlabel(
@@ -63,8 +63,8 @@ def _networks(axis: Axes, runs: Runs, name: str) -> None:
     for place, arm in enumerate(runs.arms[::-1]):
         values = list(runs.accuracy(arm, name).values())
         paint = color(arm.removesuffix(SLOWER))
-        axis.scatter(values, place + lanes(values, 0.55), s=7, color=paint, alpha=0.7, linewidths=0, zorder=2)
-        axis.text(120, place, f"{runs.trained(arm, name)}/{len(values)}", ha="right", va="center", fontsize=7, color=paint)
+        axis.scatter(values, place + lanes(values, 0.55), s=9, color=paint, alpha=0.7, linewidths=0, zorder=2)
+        axis.text(117, place, f"{runs.trained(arm, name)}/{len(values)}", ha="right", va="center", fontsize=7, color=paint)
     axis.tick_params(labelsize=8, labelbottom=True)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -73,10 +73,14 @@ def accuracy(results: Results) -> Figure:
     """A panel for each depth of which several rates were tried, an arm a curve."""
     runs = Runs(results)
     panels = {key: of_rates for key in runs.panels if len(of_rates := runs.panel(*key)) > 1}
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(2.2 * len(panels), 3.9), sharey=True, squeeze=False, layout="constrained"
+        rows, columns, figsize=(2.9 * columns, 2.5 * rows + 0.8), sharey=True, squeeze=False, layout="constrained"
     )
-    for axis, ((phase, layers), of_rates) in zip(axes[0], panels.items(), strict=True):
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, ((phase, layers), of_rates) in zip(axes.flat, panels.items(), strict=False):
         for arm, line in STYLES.items():
             points = [interval(list(runs.accuracy(arm, one.name).values())) for one in of_rates.values()]
             means = [point["mean"] for point in points]
@@ -88,9 +92,9 @@ def accuracy(results: Results) -> Figure:
         axis.margins(x=0.15)
         axis.minorticks_off()
         axis.set_title(f"{phase}, {layers} layers", fontsize=10)
-        axis.set_xlabel("learning rate")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("test accuracy, %, mean of all networks\n(grey line: chance)")
+    figure.supylabel("test accuracy, %, mean of all networks (grey line: chance)", fontsize=9)
+    figure.supxlabel("learning rate", fontsize=9)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncol=4, fontsize=8, frameon=False, handlelength=3.2)
     return figure

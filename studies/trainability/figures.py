@@ -94,7 +94,8 @@ def accuracy(results: Results) -> Figure:
         axis.set_title(f"{phase}, {layers} layers", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     figure.supylabel("test accuracy, %, mean of all networks (grey line: chance)", fontsize=9)
-    figure.supxlabel("learning rate", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("learning rate", fontsize=9)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncol=4, fontsize=8, frameon=False, handlelength=3.2)
     return figure

@@ -16,6 +16,7 @@ from studies.saved import Results
 from .results import TRAINED, Runs
 
 SLOWER = ", gate rate / 10"  # has the colour of the arm that it is added to
+DRAWN = ("linear", "linear+balance", "prototypes+balance", "spectral", "linear+balance, residual")  # at the edge, from above
 STYLES = {
     "linear": "-",
     "linear+balance": "-",
@@ -29,14 +30,14 @@ STYLES = {
 
 
 def edge(results: Results) -> Figure:
-    """A column of panels for each data set, a row for each depth and rate at the edge, a dot for each network."""
+    """A column of panels for each data set, a row for each depth and rate at the edge, a dot for each network of five arms."""
     runs = Runs(results)
     at_edge = [runs.conditions[name] for name in runs.edge()]
     found = {(one.phase, one.changes["layers"], one.changes["lr"]): one.name for one in at_edge}
     data = list(dict.fromkeys(phase for phase, _, _ in found))
     places = sorted({key[1:] for key in found}, key=lambda key: (key[0], -key[1]))
     figure, axes = plt.subplots(
-        len(places), len(data), figsize=(3.4 * len(data) + 1.9, 1.72 * len(places) + 0.4), sharex=True, sharey=True,
+        len(places), len(data), figsize=(3.4 * len(data) + 1.9, 1.37 * len(places) + 0.4), sharex=True, sharey=True,
         squeeze=False, layout="constrained",
     )  # fmt: skip
     for column, phase in zip(axes.T, data, strict=True):
@@ -49,7 +50,7 @@ def edge(results: Results) -> Figure:
                 axis.set_title(f"{phase}: {layers} layers, rate {_short(rate)}", fontsize=9.5)
     axes[0, 0].set_xlim(0, 118)
     axes[0, 0].set_xticks([0, 50, 100], ["0", "50", "100"])
-    axes[0, 0].set_yticks(range(len(runs.arms))[::-1], runs.arms)
+    axes[0, 0].set_yticks(range(len(DRAWN))[::-1], DRAWN)
     figure.supxlabel(
         f"test accuracy, %; a dot is a network; from the line on, {TRAINED} times chance, it has trained (right: how many)",
         fontsize=9,
@@ -60,9 +61,9 @@ def edge(results: Results) -> Figure:
 def _networks(axis: Axes, runs: Runs, name: str) -> None:
     limit = TRAINED * runs.chance(runs.conditions[name].phase)
     axis.axvline(limit, color="gray", linewidth=0.8, zorder=1)
-    for place, arm in enumerate(runs.arms[::-1]):
+    for place, arm in enumerate(DRAWN[::-1]):
         values = list(runs.accuracy(arm, name).values())
-        paint = color(arm.removesuffix(SLOWER))
+        paint = color(arm)
         axis.scatter(values, place + lanes(values, 0.55), s=9, color=paint, alpha=0.7, linewidths=0, zorder=2)
         axis.text(117, place, f"{runs.trained(arm, name)}/{len(values)}", ha="right", va="center", fontsize=7, color=paint)
     axis.tick_params(labelsize=8, labelbottom=True)

@@ -54,10 +54,10 @@ def page(results: Results) -> str:
         "# Trainability",
         "Which gates let the paper's network learn at all, at depths and rates where some do and some do not?",
         answer(runs, found),
-        "![Test accuracy of every network, a panel for each depth and rate, a row for each arm](images/trainability.png)",
+        "![Test accuracy of every network of five arms, a panel for each depth and rate](images/trainability.png)",
         f"*Chance is {chance}; a network has trained from {TRAINED} times that on. {layers[0]} to {layers[-1]} layers of "
         f"four experts, rates {rates[0]:g} to {rates[-1]:g}; {len(runs.arms)} arms in {len(runs.conditions)} conditions, "
-        f"{_seeds(counts)} seeds each, none tuned; the panels are those of most seeds. The protocol "
+        f"{_seeds(counts)} seeds each, none tuned; shown are five arms in the conditions of most seeds. The protocol "
         "(`studies/trainability/study.toml`) was fixed before the runs.*",
         ARMS,
         each_arm(runs, found),

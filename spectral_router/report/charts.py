@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .comparison import Comparison
 from .inspection import CheckpointReport
-from .pictures import Curve, chart
+from .pictures import Curve, chart, hues
 from .words import labels
 
 _PROFILES = (
@@ -78,7 +78,7 @@ def over_run(reports: Sequence[CheckpointReport], drifts: Sequence[Comparison]) 
     """One curve a gate, over the checkpoints."""
     ticks = [str(place + 1) for place in range(len(reports))]
     names = labels([gate.name for gate in reports[0].gates])
-    ramp = [place / max(1, len(names) - 1) for place in range(len(names))]
+    ramp = hues(len(names))
     charts = []
     for name, title in _PROFILES[:4]:
         curves = [

@@ -71,6 +71,11 @@ def chart(
     return f"<figure><figcaption>{escape(title)}</figcaption>{''.join(parts)}</svg></figure>"
 
 
+def hues(count: int) -> list[float]:
+    """Of so many curves, the first to the last, along the ramp."""
+    return [place / max(1, count - 1) for place in range(count)]
+
+
 def ramp(hue: float) -> str:
     """Blue at 0, by purple to orange at 1: never green beside red."""
     return f"hsl({(210 + 170 * hue) % 360:.0f} 70% var(--light))"

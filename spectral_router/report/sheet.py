@@ -9,7 +9,7 @@ from html import escape
 from .charts import of_drift, over_depth, over_run
 from .comparison import Comparison
 from .inspection import CheckpointReport
-from .pictures import ramp
+from .pictures import hues, ramp
 from .words import labels
 
 _WIDTH, _HEIGHT, _TITLE, _GAP, _KEY = 460, 210, 22, 14, 26
@@ -46,16 +46,17 @@ def sheet(reports: Sequence[CheckpointReport], drifts: Sequence[Comparison], *, 
         assert found is not None
         parts.append(f'<text class="name" x="{left + 6}" y="{top + 12}">{found[1]}</text>')
         parts.append(f'<svg x="{left}" y="{top + _TITLE}" width="{_WIDTH}" height="{_HEIGHT}">{_coloured(found[2])}</svg>')
-    return "\n".join([*parts, *([key] if key else []), "</svg>"]) + "\n"
+    parts += [key] if key else []
+    return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 def _key(gates: Sequence[str], top: int) -> str:
     """Which curve is which gate: a dot and a name for each, of many for some of them, from the first to the last."""
-    names, last = labels(gates), len(gates) - 1
+    names, colours, last = labels(gates), [_coloured(ramp(hue)) for hue in hues(len(gates))], len(gates) - 1
     shown = range(len(gates)) if last < _NAMED else [round(place * last / (_NAMED - 1)) for place in range(_NAMED)]
     parts, left = [], _GAP + 12
     for place in shown:
-        parts.append(f'<circle cx="{left}" cy="{top + 4}" r="5" fill="{_coloured(ramp(place / max(1, last)))}"/>')
+        parts.append(f'<circle cx="{left}" cy="{top + 4}" r="5" fill="{colours[place]}"/>')
         parts.append(f'<text class="tick" x="{left + 10}" y="{top + 8}">gate {escape(names[place])}</text>')
         left += 60 + 7 * len(names[place])
     return f'<g class="key">{"".join(parts)}</g>'

@@ -34,13 +34,16 @@ def panels(
     """By title, by arm. `marks` draws a line at a value of a quantity, what lies beyond `limits` is written at the edge, and
     `names` are what rows are called instead; `heads` stand in bold above the row that they are given for. `absent` is
     written where there is no number."""
-    rows = [row for arm in arms for row in ([(heads or {})[arm]] if arm in (heads or {}) else []) + [arm]]
-    bold = set((heads or {}).values())
+    marks, limits, names, heads = marks or {}, limits or {}, names or {}, heads or {}
+    rows: list[str] = []
+    for arm in arms:
+        rows += [heads[arm], arm] if arm in heads else [arm]
+    bold = set(heads.values())
     figure, grid = plt.subplots(
         1, len(quantities), figsize=(WIDTH, 1.1 + height * len(rows)), sharey=True, layout="constrained", squeeze=False
     )
     for axes, (title, cells) in zip(grid[0], quantities.items(), strict=True):
-        low, high = (limits or {}).get(title, (float("-inf"), float("inf")))
+        low, high = limits.get(title, (float("-inf"), float("inf")))
         for place, arm in enumerate(reversed(rows)):
             if arm in bold:
                 axes.axhline(place + 0.5, color="#DDDDDD", linewidth=0.8)
@@ -56,15 +59,15 @@ def panels(
                           color=color(arm))  # fmt: skip
                 continue
             axes.errorbar(found.mean, place, xerr=found.half or 0, fmt="D", color=color(arm), markersize=5, capsize=2)
-        if title in (marks or {}):
-            axes.axvline((marks or {})[title], color="gray", linewidth=0.8)
-        if title in (limits or {}):
+        if title in marks:
+            axes.axvline(marks[title], color="gray", linewidth=0.8)
+        if title in limits:
             axes.set_xlim(low, high)
         axes.set_title(fill(title, 90 // len(quantities)), fontsize=9)
         axes.grid(axis="x", alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.tick_params(axis="x", labelsize=8)
-    grid[0, 0].set_yticks(range(len(rows)), [(names or {}).get(arm, arm) for arm in reversed(rows)], fontsize=9)
+    grid[0, 0].set_yticks(range(len(rows)), [names.get(arm, arm) for arm in reversed(rows)], fontsize=9)
     for row, label in zip(reversed(rows), grid[0, 0].get_yticklabels(), strict=True):
         label.set_fontweight("bold" if row in bold else "normal")
     grid[0, 0].set_ylim(-0.6, len(rows) - 0.4)

@@ -10,7 +10,7 @@ from examples.shared.command import finish, importing, parser
 from studies.command import add_page, add_photos, add_run, make_page, places
 from studies.reproduction import protocol
 
-STAGES = ("main", "failure")
+STAGES = ("main", protocol.STAGE_OF_CONDITIONS)
 PROTOCOL, RESULTS = (Path(__file__).with_name(name) for name in ("study.toml", "results.json"))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 from studies.reproduction import statistics as stats
 from studies.reproduction.cells import gap, table
 from studies.reproduction.printed import beside
@@ -51,8 +53,7 @@ def _regimes(results: Results) -> str:
         of_linear = stats.known(stats.select(results, "main", phase, "baseline"), stats.accuracy)
         if of_linear:
             rate = results["protocol"]["main"]["phases"][phase]["lr"]
-            mean = sum(of_linear.values()) / len(of_linear)
-            told.append(f"table {number}: rate {rate:g}, {mean:.1f} % over {len(of_linear)} seeds")
+            told.append(f"table {number}: rate {rate:g}, {fmean(of_linear.values()):.1f} % over {len(of_linear)} seeds")
     return (
         "Photos, images, layers and experts as in the paper, and of a few rates the one at which the linear gate without "
         f"balance came nearest to its accuracy there on seeds of their own ({'; '.join(told)})."

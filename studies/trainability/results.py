@@ -52,13 +52,16 @@ class Runs:
         self.protocol = results["protocol"]
         self.arms = list(self.protocol[STAGE_OF_CONDITIONS]["arms"])
         self._of = {(run["arm"], run["seed"]): run for run in results["runs"] if run["stage"] == STAGE_OF_CONDITIONS}
-        self._every = {one.name: one for one in conditions(self.protocol)}
-        self.conditions = {name: one for name, one in self._every.items() if self.seeds(name)}
+        self._seeds = {one.name: self._whole(one) for one in conditions(self.protocol)}
+        self.conditions = {one.name: one for one in conditions(self.protocol) if self._seeds[one.name]}
+
+    def _whole(self, condition: Condition) -> list[int]:
+        first = self.protocol[STAGE_OF_CONDITIONS]["seeds"][0]
+        wanted = range(first, first + condition.seeds)
+        return [seed for seed in wanted if all((f"{arm}, {condition.name}", seed) in self._of for arm in self.arms)]
 
     def seeds(self, condition: str) -> list[int]:
-        first = self.protocol[STAGE_OF_CONDITIONS]["seeds"][0]
-        wanted = range(first, first + self._every[condition].seeds)
-        return [seed for seed in wanted if all((f"{arm}, {condition}", seed) in self._of for arm in self.arms)]
+        return self._seeds[condition]
 
     def edge(self) -> list[str]:
         """The conditions that have the stage's number of seeds, not fewer."""

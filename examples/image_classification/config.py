@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from examples.shared.command import ExperimentError, Options, add_flags, add_place, flag, parser, require, settle
@@ -38,6 +39,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     "table1": {"samples_per_class": 1600, "layers": 2, "experts": 2},
     "table2": {"samples_per_class": 1600, "layers": 4, "experts": 4},
 }
+
+
+@cache  # a study validates thousands of configurations with a handful of targets
+def _problem_of_targets(experts: int, dim: int, sigma_target: float, rank_target: Any, relative: bool) -> str | None:
+    """What the penalty has against these targets for a gate of this shape; None: nothing."""
+    import torch
+
+    from spectral_router.functional import spectral_rank_penalty
+
+    with torch.device("meta"):  # the rules ask for a shape, which may be a huge one
+        gate = torch.empty(experts, dim)
+    try:
+        spectral_rank_penalty(gate, sigma_target, rank_target, relative=relative)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _number_or(word: str) -> Any:
@@ -143,17 +160,9 @@ class Config:
         require(side is None or side <= LARGEST_IMAGE, "image_size", f"at most {LARGEST_IMAGE}", side)
 
     def _check_targets(self) -> None:
-        import torch
-
-        from spectral_router.functional import spectral_rank_penalty
-
-        try:
-            sigma_target = 1.0 if isinstance(self.sigma_target, str) else self.sigma_target
-            with torch.device("meta"):  # the rules ask for a shape, which may be a huge one
-                gate = torch.empty(self.experts, self.dim)
-            spectral_rank_penalty(gate, sigma_target, self.rank_target, relative=self.relative)
-        except ValueError as error:
-            raise ExperimentError(f"{error} (--sigma-target, --rank-target, --experts, --dim)") from None
+        sigma_target = 1.0 if isinstance(self.sigma_target, str) else self.sigma_target
+        if problem := _problem_of_targets(self.experts, self.dim, sigma_target, self.rank_target, self.relative):
+            raise ExperimentError(f"{problem} (--sigma-target, --rank-target, --experts, --dim)")
 
     def resolved_device(self) -> torch.device:
         import torch

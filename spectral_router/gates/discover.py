@@ -142,8 +142,8 @@ def _widths_of_noise(trace: Trace) -> set[Node]:
     """Products that random numbers are multiplied by: they say how much noise there is, and score nothing."""
     found = set()
     for node in trace.order:
-        if node.name == "mul" and any(operand.pure for operand in node.operands()):
-            for operand in node.operands():
+        if node.name == "mul" and any(operand.pure for operand in node.operands):
+            for operand in node.operands:
                 if not operand.pure and not operand.static and (behind := product_before(operand)) is not None:
                     found.add(behind[0])
     return found
@@ -191,7 +191,7 @@ def _chosen_among(trace: Trace, one: Seen) -> int | None:
             for _ in range(8):
                 if node.name == "slice" and node.shape[-1] < node.args[0].shape[-1]:
                     return event.width if node.args[2] == 0 else None
-                inward = [operand for operand in node.operands() if not operand.static]
+                inward = [operand for operand in node.operands if not operand.static]
                 if len(inward) != 1:
                     break
                 node = inward[0]

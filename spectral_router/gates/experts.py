@@ -113,18 +113,28 @@ def alike(trace: Trace, block: Call, parts: Parts, one: Seen) -> bool:
     nothing = _State()
     met: dict[int, set[int]] = defaultdict(set)  # experts that one of the scores each is multiplied with, by kind
     picked: dict[int, set[int]] = defaultdict(set)  # experts that get what was chosen
+    of_parts: dict[Node, tuple[bool, bool]] = {}  # of what is made of parameters alone: whether of a stack, of one of fewer
     for node in trace.order[block.begin : block.end]:
         if node.static or node is one.main.product:
             continue
+        operands, made_here = node.operands, outputs.get(node)
+        of_stack = of_fewer = touched = False
+        for operand in operands:
+            if operand.static:
+                if operand not in of_parts:
+                    behind = {id(leaf.tensor()) for leaf in places_of(operand)}
+                    of_parts[operand] = (not behind.isdisjoint(stacks), not behind.isdisjoint(fewer))
+                is_stack, is_fewer = of_parts[operand]
+                of_stack, of_fewer = of_stack or is_stack, of_fewer or is_fewer
+            touched = touched or operand in states
+        if not (touched or of_stack or made_here):
+            continue  # has to do with neither the scores nor the experts
         inside = node in between  # what still makes the scores
-        operands = node.operands()
         given = [states.get(operand, nothing) for operand in operands]
         near = [state for state in given if state.weighs >= 0]
         chosen = any(state.chosen for state in given)
-        weighted = any(o.static and any(leaf.place for leaf in places_of(o)) for o in operands) and not inside
+        weighted = not inside and any(o.static and any(leaf.place for leaf in places_of(o)) for o in operands)
         weighted = weighted and bool(factors_of(node))
-        behind = {id(leaf.tensor()) for o in operands if o.static for leaf in places_of(o)} if stacks or fewer else set()
-        of_stack, of_fewer = bool(behind & stacks), bool(behind & fewer)
         joins = False
         if near and node.name in _JOINS:
             for_each = any(state.weighs >= 0 and sizes & set(o.shape) for o, state in zip(operands, given, strict=True))
@@ -155,7 +165,7 @@ def alike(trace: Trace, block: Call, parts: Parts, one: Seen) -> bool:
             weighs=distance + 1 if distance < _FAR and not (weighted or discrete or joins) else -1,
             sliced=bool(near) and (node.name in _SLICES or any(state.sliced for state in near)),
             chosen=not weighted and (chosen or (discrete and bool(near))),
-            made=outputs.get(node) or (frozenset().union(*makers) if alone and not joins else frozenset()),
+            made=made_here or (frozenset().union(*makers) if alone and not joins else frozenset()),
             stacked=of_stack or (not (weighted or node.name in _SUMS) and any(state.stacked for state in given)),
         )
         if state.weighs >= 0 or state.chosen or state.made or state.stacked:
@@ -170,13 +180,13 @@ def pairs(trace: Trace, product: Node) -> bool:
     """Whether scores are added to each other, each to each: their keys' pairs are the experts, as of product keys."""
     behind = {product}
     for node in trace.order:
-        given = [operand for operand in node.operands() if operand in behind]
+        given = [operand for operand in node.operands if operand in behind]
         if not given:
             continue
         sizes = [math.prod(operand.shape) for operand in given]
         if node.name == "add" and len(given) == 2 and given[0] is not given[1] and math.prod(node.shape) > max(sizes):
             return True
-        if not (factors_of(node) and any(operand.static for operand in node.operands())):
+        if not (factors_of(node) and any(operand.static for operand in node.operands)):
             behind.add(node)
     return False
 

@@ -294,7 +294,7 @@ def _cone(node: Node) -> set[Node]:
     """What a recipe for this could begin with."""
     edge, seen = [node], {node}
     while edge and len(seen) < 512:
-        for operand in edge.pop(0).operands():
+        for operand in edge.pop(0).operands:
             if operand not in seen and not operand.static:
                 seen.add(operand)
                 edge.append(operand)

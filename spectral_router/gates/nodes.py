@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 RANDOM = {
     "native_dropout",
@@ -72,21 +71,25 @@ class Node:
     noise: bool = False  # such numbers, times anything
     changed: bool = False  # a parameter that this forward has changed in place
     drawn: bool = False  # a number in its arguments was taken out of a tensor of this forward
-    found: list[Node] | None = None  # its operands, once asked for
+    # both are asked for again and again
+    name: str = field(init=False)
+    operands: list[Node] = field(init=False)  # the tensors among its arguments, which never change
 
-    @property
-    def name(self) -> str:
-        return "" if self.op is None else self.op._schema.name.removeprefix("aten::")
+    def __post_init__(self) -> None:
+        self.becomes(self.op)
+        self.operands = []
+        for value in (*self.args, *self.kwargs.values()):
+            if isinstance(value, Node):
+                self.operands.append(value)
+            elif isinstance(value, (list, tuple)):
+                self.operands.extend(part for part in value if isinstance(part, Node))
+
+    def becomes(self, op: Any) -> None:
+        self.op, self.name = op, "" if op is None else op._schema.name.removeprefix("aten::")
 
     @property
     def makes_noise(self) -> bool:
         return self.name in RANDOM or self.name in RANDOM_IN_PLACE
-
-    def operands(self) -> list[Node]:
-        """The tensors among its arguments; a node's arguments never change, and this is asked again and again."""
-        if self.found is None:
-            self.found = [value for value in tree_leaves([self.args, self.kwargs]) if isinstance(value, Node)]
-        return self.found
 
     def hold(self) -> None:
         if self.held is None and self.tensor is not None:
@@ -130,8 +133,8 @@ def softmax_written_out(node: Node) -> tuple[Node, int] | None:
     above, below = (*node.args, None)[:2]
     if not isinstance(above, Node) or not isinstance(below, Node) or above.name != "exp":
         return None
-    while below.name in _SAME and below.operands():
-        below = below.operands()[0]
+    while below.name in _SAME and below.operands:
+        below = below.operands[0]
     if below.name != "sum" or below.args[0] is not above or len(below.args) < 2 or len(below.args[1]) != 1:
         return None
     return above, below.args[1][0]
@@ -153,7 +156,7 @@ def product_before(node: Node) -> tuple[Node, Node, Node, int, list[Node]] | Non
                     return here, static, tokens, distance, passed
                 edge.insert(0, (below, distance + 1))  # scores, mixed: the matrix is the one that made them
             continue  # of tokens with tokens: attention
-        for operand in map(calm, here.operands()):
+        for operand in map(calm, here.operands):
             if not operand.static and not operand.makes_noise and operand not in seen:
                 seen.add(operand)
                 edge.append((operand, distance + 1))
@@ -168,16 +171,16 @@ def product_at(node: Node, noise: bool = True) -> Node | None:
         factors = factors_of(node)
         if factors:
             return node if had_noise >= noise and {factor.static for factor in factors} == {True, False} else None
-        if node.name not in _SAME or not node.operands():
+        if node.name not in _SAME or not node.operands:
             return None
-        node = node.operands()[0]
+        node = node.operands[0]
     return None
 
 
 def calm(node: Node) -> Node:
     """The node that this one is without noise: what noise was added to, or what random numbers multiply."""
     while node.op is not None:
-        operands = node.operands()
+        operands = node.operands
         if node.name in ("add", "sub", "rsub"):
             rest = [operand for operand in operands if not operand.noise]
         elif node.name in ("mul", "div"):
@@ -207,7 +210,7 @@ def noisy(node: Node) -> bool:
             if len({*here.shape[-1:], *(f.shape[-1] for f in factors if f.shape)}) > 1 or any(calm(t) is t for t in tokens):
                 continue
             return True  # K x K, over noisy scores
-        for operand in here.operands():
+        for operand in here.operands:
             if operand not in seen and not operand.static:
                 seen.add(operand)
                 edge.append(operand)
@@ -224,7 +227,7 @@ def factors_of(node: Node) -> list[Node]:
     if node.name in _REDUCTIONS and node.args and isinstance(node.args[0], Node):
         inner = node.args[0]
         for _ in range(4):
-            operands = inner.operands()
+            operands = inner.operands
             if len(operands) == 2 and inner.name in ("mul", "sub") and {o.static for o in operands} == {True, False}:
                 if max(len(o.shape) for o in operands if o.static) >= 2 and _spread(inner, operands):
                     return operands
@@ -258,7 +261,7 @@ def places_of(node: Node) -> list[Node]:
         here = edge.pop()
         if here.place is not None:
             found.append(here)
-        for operand in here.operands():
+        for operand in here.operands:
             if operand not in seen:
                 seen.add(operand)
                 edge.append(operand)

@@ -212,7 +212,7 @@ def recipe_for(target: Node, dim: int, call: Call) -> tuple[Recipe, list[Node]] 
             return node
         if node.makes_noise or node.drawn or node.op._schema.is_mutable or (node.index and "batch_norm" in node.name):
             raise UnknownError
-        for operand in node.operands():
+        for operand in node.operands:
             visit(operand, deep + 1)
         steps.append(node)
         order[node] = len(steps)

@@ -14,7 +14,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten_with_path, tree_map
+from torch.utils._pytree import tree_flatten_with_path
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .._sharding import sharded
@@ -165,11 +165,17 @@ class Trace(TorchDispatchMode):
             node.held = tensor if tensor.numel() <= 2**20 else None
         return node
 
+    def _with_nodes(self, value: Any) -> Any:
+        """An argument of an operation, a tensor or a list of them perhaps, with nodes for tensors."""
+        if isinstance(value, Tensor):
+            return self._node_of(value)
+        return [self._node_of(v) if isinstance(v, Tensor) else v for v in value] if isinstance(value, (list, tuple)) else value
+
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         own = func._schema.name.rpartition("::")[2]
-        given, named = tree_map(lambda v: self._node_of(v) if isinstance(v, Tensor) else v, (args, kwargs))
-        node = Node(func, tuple(given), named)
-        operands = node.operands()
+        given = tuple(map(self._with_nodes, args))
+        node = Node(func, given, {name: self._with_nodes(value) for name, value in kwargs.items()})
+        operands = node.operands
         node.static = own not in RANDOM and own not in RANDOM_IN_PLACE and all(operand.static for operand in operands)
         node.call = self.open[-1] if self.open else None
         fixed = [operand for operand in operands if not operand.pure]
@@ -214,7 +220,7 @@ class Trace(TorchDispatchMode):
         before = self.nodes[target]
         packet = getattr(torch.ops.aten, own[:-1], None)
         if own not in RANDOM_IN_PLACE:
-            node.op = getattr(packet, func._overloadname, None)
+            node.becomes(getattr(packet, func._overloadname, None))
         node.shape, node.tensor, node.above = tuple(target.shape), ref(target), before.above
         if before.place is not None:  # a parameter is what it is when asked for
             node = Node(shape=before.shape, place=before.place, static=True, tensor=ref(target), changed=True)
@@ -266,7 +272,7 @@ class Trace(TorchDispatchMode):
             here = edge.pop(0)
             if here in self.placed:
                 here.hold()
-            for operand in map(calm, here.operands()):
+            for operand in map(calm, here.operands):
                 if not operand.static and operand not in seen:
                     seen.add(operand)
                     edge.append(operand)

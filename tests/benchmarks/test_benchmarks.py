@@ -14,6 +14,13 @@ from benchmarks import _harness, launches, oneshot, pages, targets, wrap
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture
+def no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures are not looked at, so that a first call is as good as a third."""
+    monkeypatch.setattr(_harness, "WARM_UP", 0)
+
+
+@pytest.mark.usefixtures("no_warm_up")
 def test_every_benchmark_runs_and_every_target_finds_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures, tables = tmp_path / "figures.json", tmp_path / "figures.md"
     benchmarks.main(["--quick", "--json", str(figures), "--markdown", str(tables)])
@@ -47,6 +54,7 @@ def the_pages_are_made_of_it(figures: Path, docs: Path, record: dict[str, Any]) 
     assert picture.exists()
 
 
+@pytest.mark.usefixtures("no_warm_up")
 def test_the_oneshot_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
     oneshot.main(["--quick"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]

@@ -25,15 +25,16 @@ def tokens_of(output) -> Tensor:
     return tensor.detach().clone()
 
 
-def run(model: nn.Module, inputs: dict, gate: Gate) -> tuple[Tensor, Tensor]:
+def run(model: nn.Module, inputs: dict, tally: Tally) -> tuple[Tensor, Tensor]:
     """What the gate chooses, (tokens, experts), and the output of the block where its experts are, (tokens, dim)."""
-    tally, seen = Tally(gate, decoding=False), []
-    where = gate.block
+    seen = []
+    where = tally.gate.block
     if type(where).__name__ == "JetMoeMoA":  # is not called itself; what follows it mixes tokens
         where = next(module for module in model.modules() if where in module.children())
     hook = where.register_forward_hook(lambda module, args, output: seen.append(tokens_of(output)))
+    tally.last = None
     with watched([tally]), torch.no_grad():
-        torch.manual_seed(1)
+        torch.default_generator.manual_seed(1)
         model(**inputs)
         tally.flush()
     hook.remove()
@@ -51,13 +52,13 @@ def run(model: nn.Module, inputs: dict, gate: Gate) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def changed_by(model: nn.Module, inputs: dict, gate: Gate, parts: list, before: Tensor) -> Tensor:
+def changed_by(model: nn.Module, inputs: dict, tally: Tally, parts: list, before: Tensor) -> Tensor:
     """The tokens, (tokens), whose output a change of these parts changes."""
     saved = [part.tensor.clone() for part in parts]
     generator = torch.Generator().manual_seed(2)
     for part in parts:
         part.tensor.add_(torch.randn(part.tensor.shape, generator=generator))
-    after = run(model, inputs, gate)[1]
+    after = run(model, inputs, tally)[1]
     for part, value in zip(parts, saved, strict=True):
         part.tensor.copy_(value)
     return (after != before).any(-1)
@@ -71,14 +72,14 @@ def test_what_it_names_changes_exactly_that_experts_tokens(case) -> None:
     for gate in find_gates(model):
         if gate.index is not None or gate.name.endswith(("gate_outer", "gate_inner")):
             continue  # hierarchical: tokens are in slots there; see below
-        experts = experts_of(gate)
-        chosen, before = run(model, inputs, gate)
+        experts, tally = experts_of(gate), Tally(gate, decoding=False)
+        chosen, before = run(model, inputs, tally)
         if chosen is None:
             continue
         assert len(experts) == chosen.shape[1]
         causal = type(gate.block).__name__ == "JetMoeMoA"
         for number in range(len(experts)) if len(experts) < 20 else chosen.any(0).nonzero().flatten().tolist()[:9]:
-            changed = changed_by(model, inputs, gate, experts[number], before)
+            changed = changed_by(model, inputs, tally, experts[number], before)
             expected = chosen[:, number] if experts[number] else torch.zeros_like(changed)
             if causal:  # attention hands a change on to later tokens
                 changed, expected = (mask.view(2, -1).long().argmax(-1) for mask in (changed, expected))
@@ -192,12 +193,12 @@ def test_lora_belongs_to_the_expert_that_it_adapts(stacked: bool) -> None:
                 parameter.normal_()
     for gate in find_gates(model):
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        chosen, before = run(model, inputs, gate)
+        chosen, before = run(model, inputs, tally := Tally(gate, decoding=False))
         for number, parts in enumerate(experts_of(gate)):
             adapters = [part for part in parts if "lora_" in names[id(part.parameter)]]
             assert len(adapters) == 4
             for part in adapters:
-                assert torch.equal(changed_by(model, inputs, gate, [part], before), chosen[:, number])
+                assert torch.equal(changed_by(model, inputs, tally, [part], before), chosen[:, number])
 
 
 def test_inner_experts_of_a_hierarchy_are_parts_of_the_outer_ones() -> None:

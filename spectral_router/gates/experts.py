@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .judge import Seen
+from .makers import Makers
 from .nodes import Call, Node, factors_of, places_of, product_before
 from .trace import Trace
 
@@ -18,19 +19,16 @@ _FAR = 24  # operations between a gate's scores and what they weigh, at most
 # their results say which, no longer how much
 _CHOICES = {"argmax", "gt", "ge", "lt", "le", "eq", "ne", "nonzero", "one_hot", "bincount", "argsort", "sign"}
 _SLICES = {"select", "slice", "split", "split_with_sizes", "unbind", "index", "gather", "masked_select", "topk", "index_select"}
-_SUMS = {"sum", "mean", "index_add", "scatter_add", "index_put"}
 _JOINS = {"mul", "bmm", "baddbmm", "mm", "addmm", "div", "dot", "mv"}
 
 
 @dataclass(eq=False, slots=True)
 class _State:
-    """Of one tensor: what it has to do with the scores and with the experts."""
+    """What one tensor has of the scores."""
 
     weighs: int = -1  # operations since the scores, whose values are in it; -1: they are not
     sliced: bool = False  # some of the scores only
     chosen: bool = False  # what the scores chose is in it
-    made: frozenset[int] = frozenset()  # the experts (ids) that made it
-    stacked: bool = False  # slices of stacked parameters made it
 
 
 class Parts:
@@ -106,69 +104,55 @@ def alike(trace: Trace, block: Call, parts: Parts, one: Seen) -> bool:
     if not (stacks or fewer) and parts.largest < count:
         return False
     groups = [group for group in parts.lists if count <= len(group) <= count + 2]
-    outputs = _outputs(trace, block, parts.kinds, own)
-    found = product_before(one.main.logits)
+    product, found = one.main.product, product_before(one.main.logits)
     between = set() if found is None else set(found[4])
-    states: dict[Node, _State] = {one.main.product: _State(weighs=0)}
+    makers = Makers(block.begin, product, between, _outputs(trace, block, parts.kinds, own), stacks)
+    states: dict[Node, _State] = {product: _State(weighs=0)}
     nothing = _State()
     met: dict[int, set[int]] = defaultdict(set)  # experts that one of the scores each is multiplied with, by kind
     picked: dict[int, set[int]] = defaultdict(set)  # experts that get what was chosen
-    of_parts: dict[Node, tuple[bool, bool]] = {}  # of what is made of parameters alone: whether of a stack, of one of fewer
-    for node in trace.order[block.begin : block.end]:
-        if node.static or node is one.main.product:
+    for node in trace.order[max(block.begin, product.number + 1) : block.end]:
+        operands = node.operands
+        if node.static or not any(operand in states for operand in operands):
             continue
-        operands, made_here = node.operands, outputs.get(node)
-        of_stack = of_fewer = touched = False
-        for operand in operands:
-            if operand.static:
-                if operand not in of_parts:
-                    behind = {id(leaf.tensor()) for leaf in places_of(operand)}
-                    of_parts[operand] = (not behind.isdisjoint(stacks), not behind.isdisjoint(fewer))
-                is_stack, is_fewer = of_parts[operand]
-                of_stack, of_fewer = of_stack or is_stack, of_fewer or is_fewer
-            touched = touched or operand in states
-        if not (touched or of_stack or made_here):
-            continue  # has to do with neither the scores nor the experts
-        inside = node in between  # what still makes the scores
         given = [states.get(operand, nothing) for operand in operands]
         near = [state for state in given if state.weighs >= 0]
         chosen = any(state.chosen for state in given)
-        weighted = not inside and any(o.static and any(leaf.place for leaf in places_of(o)) for o in operands)
-        weighted = weighted and bool(factors_of(node))
+        weighted, of_stack = makers.weighted(node), makers.takes(node, stacks)
         joins = False
         if near and node.name in _JOINS:
             for_each = any(state.weighs >= 0 and sizes & set(o.shape) for o, state in zip(operands, given, strict=True))
-            if (of_stack and weighted and for_each) or any(state.stacked and state.weighs < 0 for state in given):
+            others = [operand for operand, state in zip(operands, given, strict=True) if state.weighs < 0]
+            if (of_stack and weighted and for_each) or any(map(makers.stacked, others)):
                 return True
-            for state in given:
-                numbers = {parts.kinds[expert] for expert in state.made}
+            for operand in operands:
+                experts = makers.experts(operand)
+                numbers = {parts.kinds[expert] for expert in experts}
                 for number in numbers:
-                    here = {expert for expert in state.made if parts.kinds[expert] == number}
+                    here = {expert for expert in experts if parts.kinds[expert] == number}
                     if len(here) == count:
                         return True
                     if len(here) == 1 and any(other.sliced for other in near):
                         met[number] |= here
                 joins = joins or bool(numbers)
             joins = joins or _spent(node, operands, given)
-        if (near or chosen) and of_stack and ((weighted and chosen) or node.name in ("index", "index_select", "embedding")):
+        if joins:
+            makers.joined.add(node)
+        if of_stack and ((weighted and chosen) or node.name in ("index", "index_select", "embedding")):
             return True  # slices of a stack, by the choice
-        if chosen and of_fewer and (weighted or node.name in ("index", "index_select")):
+        if chosen and (weighted or node.name in ("index", "index_select")) and makers.takes(node, fewer):
             return True
         if weighted and chosen:
             for expert in _experts_around(node, parts.kinds):
                 picked[parts.kinds[expert]].add(expert)
         discrete = node.name in _CHOICES or (node.name in ("topk", "max", "sort") and node.index == 1)
         distance = min((state.weighs for state in near), default=_FAR)
-        makers = [state.made for state in given if state.made]
-        alone = len(makers) == 1 or node.name in ("cat", "stack", "add", "index_add", "index_put", "scatter_add")
         state = _State(
             weighs=distance + 1 if distance < _FAR and not (weighted or discrete or joins) else -1,
             sliced=bool(near) and (node.name in _SLICES or any(state.sliced for state in near)),
             chosen=not weighted and (chosen or (discrete and bool(near))),
-            made=made_here or (frozenset().union(*makers) if alone and not joins else frozenset()),
-            stacked=of_stack or (not (weighted or node.name in _SUMS) and any(state.stacked for state in given)),
         )
-        if state.weighs >= 0 or state.chosen or state.made or state.stacked:
+        if state.weighs >= 0 or state.chosen:
             states[node] = state
     # several layers of experts can share one gate
     if any(count in (len(experts), *(len(experts & group) for group in groups)) for experts in met.values()):
@@ -194,12 +178,8 @@ def pairs(trace: Trace, product: Node) -> bool:
 def _spent(node: Node, operands: list[Node], given: list[_State]) -> bool:
     """Whether the scores were put on something larger that no expert made: tokens, as by a gate of channels or streams."""
     scores = max(math.prod(o.shape) for o, state in zip(operands, given, strict=True) if state.weighs >= 0)
-    others = [
-        o
-        for o, state in zip(operands, given, strict=True)
-        if not (o.static or state.weighs >= 0 or state.chosen or state.stacked)
-    ]
-    return bool(others) and (node.name not in ("mul", "div") or math.prod(node.shape) > scores)
+    others = any(not (o.static or state.weighs >= 0 or state.chosen) for o, state in zip(operands, given, strict=True))
+    return others and (node.name not in ("mul", "div") or math.prod(node.shape) > scores)
 
 
 def _experts_around(node: Node, kinds: dict[int, int]) -> list[int]:

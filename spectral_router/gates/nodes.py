@@ -71,6 +71,7 @@ class Node:
     noise: bool = False  # such numbers, times anything
     changed: bool = False  # a parameter that this forward has changed in place
     drawn: bool = False  # a number in its arguments was taken out of a tensor of this forward
+    number: int = field(default=-1, init=False)  # in `Trace.order`; -1: not in it
     # both are asked for again and again
     name: str = field(init=False)
     operands: list[Node] = field(init=False)  # the tensors among its arguments, which never change

@@ -199,14 +199,18 @@ class Trace(TorchDispatchMode):
             if args and isinstance(args[0], Tensor) and func._schema.returns[0].alias_info is not None:
                 made.above = ref(args[0])
             self.nodes[tensor] = made
-            if self.ordered:
-                self.order.append(made)
+            self._put_in_order(made)
         if own in SCORING or own in CHOOSING:
             self._event(own, node, args, kwargs)
         elif own == "div" and (written := softmax_written_out(node)) is not None:
             exp, dim = written
             logits = Node(torch.ops.aten.log.default, (exp,), shape=exp.shape, held=args[0].detach().log())
             self._event("_softmax", Node(args=(logits, dim)), args, {})
+
+    def _put_in_order(self, node: Node) -> None:
+        if self.ordered:
+            node.number = len(self.order)
+            self.order.append(node)
 
     def _changed(self, func: Any, own: str, node: Node, args: Any, result: Any) -> None:
         """An operation in place: the same one out of place, where there is one, made the tensor what it is now."""
@@ -227,8 +231,7 @@ class Trace(TorchDispatchMode):
             self.nodes[target] = node
         else:
             self.nodes[target] = node if node.op is not None else Node(shape=tuple(target.shape), tensor=ref(target))
-        if self.ordered:
-            self.order.append(node)
+        self._put_in_order(node)
         above = before.above
         while above is not None and (tensor := above()) is not None:  # what it looks into has changed as well
             above = self.nodes[tensor].above if tensor in self.nodes else None

@@ -1,6 +1,7 @@
 """The gradient of a wrapped model is that of task + penalty + balance written out by hand."""
 
 import functools
+import itertools
 import shutil
 from contextlib import nullcontext
 
@@ -10,6 +11,7 @@ from moe_models import (
     BALANCE,
     BATCH,
     DIM,
+    IDS,
     MASK,
     PENALTY,
     Block,
@@ -25,6 +27,7 @@ from moe_models import (
     tokens,
     wrapped_stack,
 )
+from test_compile import QUICK_INDUCTOR
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -59,13 +62,27 @@ def micro_batches(count: int):
     return (dict(zip(BATCH, rows, strict=True)) for rows in zip(*(t.chunk(count) for t in BATCH.values()), strict=True))
 
 
+def equal_batches(count: int):
+    """Of one shape whatever their number, so that one graph serves them; the first is `BATCH`."""
+    for i in range(count):
+        ids, mask = (IDS - 3 + 31 * i) % 87 + 3, MASK.roll(i, 0)
+        yield {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
 @functools.cache
-def by_hand(count: int, precision: str, penalty_coef: float = PENALTY, balance_coef: float = BALANCE, layers: int = 2):
+def by_hand(
+    count: int,
+    precision: str,
+    penalty_coef: float = PENALTY,
+    balance_coef: float = BALANCE,
+    layers: int = 2,
+    batches=micro_batches,
+):
     """Gradients and losses of a step of the model as it is, the objective spelled out."""
     model, losses = mixtral(num_hidden_layers=layers), []
     weights = [gate.weight for gate in mixtral_gates(model)]
     penalty, scale = primed(weights), SCALE if precision == "scaler" else 1.0
-    for batch in micro_batches(count):
+    for batch in batches(count):
         with precision_of(precision):
             output = model(**batch, output_router_logits=True)
         mask = batch["attention_mask"].flatten()
@@ -92,9 +109,9 @@ def wrapped(model, **options):
     return wrap_moe(model, penalty=penalty, penalty_coef=PENALTY, balance_coef=BALANCE, **options)
 
 
-def step(model, forward, count: int, precision: str):
+def step(model, forward, count: int, precision: str, batches=micro_batches):
     scaler, losses = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=precision == "scaler"), []
-    for batch in micro_batches(count):
+    for batch in batches(count):
         with precision_of(precision):
             loss = forward(**batch).loss
         scaler.scale(loss / count).backward()
@@ -102,27 +119,40 @@ def step(model, forward, count: int, precision: str):
     return gradients(model, SCALE if precision == "scaler" else 1.0), losses
 
 
+def graphs_made() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 # ------------------------------------------------------------------------------------------------------------ the matrix
 
 
-@QUIET
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("precisions", [("float32", "scaler"), ("bf16",)], ids=["float32 and scaler", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("count", [1, 4])
 @CHECKPOINTING
-def test_gradients_and_loss_are_those_by_hand(
-    reentrant: bool | None, count: int, precisions: tuple[str, ...], compiled: bool
-) -> None:
-    layers = 1 if compiled else 2  # a graph's time is its layers'
-    model = checkpointed(reentrant, layers)
+def test_gradients_and_loss_are_those_by_hand(reentrant: bool | None, count: int, precision: str) -> None:
+    model = checkpointed(reentrant)
     wrapped(model)
-    forward = torch.compile(model, backend="aot_eager", fullgraph=reentrant is None) if compiled else model
-    for precision in precisions:  # of one graph
+    found, losses = step(model, model, count, precision)
+    expected, expected_losses = by_hand(count, precision)
+    assert_same_gradients(found, expected)
+    assert losses == pytest.approx(expected_losses, rel=1e-6)
+
+
+@QUIET
+@CHECKPOINTING
+def test_gradients_and_loss_are_those_by_hand_when_compiled(reentrant: bool | None) -> None:
+    model = checkpointed(reentrant, layers=1)  # a graph's time is its layers'
+    wrapped(model)
+    forward = torch.compile(model, backend="aot_eager", fullgraph=reentrant is None)
+    for precision, count in itertools.product(PRECISIONS, (1, 4)):
+        known = graphs_made()
         model.zero_grad()
-        found, losses = step(model, forward, count, precision)
-        if compiled:
-            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-        expected, expected_losses = by_hand(count, precision, layers=layers)
+        found, losses = step(model, forward, count, precision, equal_batches)
+        if precision == "scaler":  # its graph is that of float32
+            assert graphs_made() == known > 0
+        elif count == 1:  # autocast makes another
+            assert graphs_made() > known
+        expected, expected_losses = by_hand(count, precision, layers=1, batches=equal_batches)
         assert_same_gradients(found, expected)
         assert losses == pytest.approx(expected_losses, rel=1e-6)
 
@@ -138,6 +168,7 @@ def test_each_part_is_a_visible_share_of_the_gate_gradient(left_out: tuple[float
 
 
 @QUIET
+@QUICK_INDUCTOR
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
 def test_with_inductor() -> None:
     model = checkpointed(None, layers=1)
@@ -149,7 +180,7 @@ def test_with_inductor() -> None:
 
 
 @QUIET
-def test_hooks_are_traced_and_compiled_once() -> None:
+def test_hooks_are_traced_and_compiled_once_and_stop_where_they_are_removed() -> None:
     def balance(probs: Tensor, mask: Tensor) -> Tensor:
         assert torch.compiler.is_compiling()
         return load_balance_loss(probs, mask)
@@ -159,14 +190,19 @@ def test_hooks_are_traced_and_compiled_once() -> None:
         return output[0].float().softmax(-1)
 
     model = checkpointed(None)
+    plain = model(**BATCH).loss
     handle = wrapped(model, balance=balance)
     for gate in handle.gates:
         gate.probs = probs
     forward, graphs = torch.compile(model, backend="aot_eager", fullgraph=True), []
     for _ in range(4):
-        forward(**BATCH).loss.backward()
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        loss = forward(**BATCH).loss
+        assert not torch.allclose(loss, plain, rtol=1e-5)
+        loss.backward()
+        graphs.append(graphs_made())
     assert graphs[1] == graphs[-1]
+    handle.remove()
+    torch.testing.assert_close(forward(**BATCH).loss, plain, rtol=1e-6, atol=0)
 
 
 # --------------------------------------------------------------------------------------------- models written by hand

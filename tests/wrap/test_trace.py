@@ -14,6 +14,7 @@ import pytest
 import torch
 from moe_models import BATCH, DIM, EXPERTS, Regressor, Stack, gradients, mixtral, mixtral_gates, tokens
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from spectral_router import MoEHandle, wrap_moe
 
@@ -198,28 +199,28 @@ def test_a_copied_gate_reports_to_the_same_handle() -> None:
 
 HOOKS_AFTER_LOADING = """
 import sys, torch
-from spectral_router import MoEHandle, wrap_moe
-if sys.argv[2] == "save":
-    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 4))
-    wrap_moe(model, gates="1")
-    torch.save(model, sys.argv[1])
-else:
-    model = torch.load(sys.argv[1], weights_only=False)
-    for module in model.modules():
-        for _ in range(4):
-            module.register_forward_pre_hook(lambda *_: None)
-            module.register_forward_hook(lambda *_: None)
-    model(torch.randn(8, 16))
-    MoEHandle.of(model).loss().backward()
+from spectral_router import MoEHandle
+model = torch.load(sys.argv[1], weights_only=False)
+for module in model.modules():
+    for _ in range(4):
+        module.register_forward_pre_hook(lambda *_: None)
+        module.register_forward_hook(lambda *_: None)
+model(torch.randn(8, 16))
+MoEHandle.of(model).loss().backward()
 """
 
 
 @pytest.mark.slow
-def test_hooks_registered_after_loading_in_a_new_process_do_not_take_the_place_of_ours(tmp_path: Path) -> None:
-    for what in ("save", "load"):
-        command = [sys.executable, "-c", HOOKS_AFTER_LOADING, str(tmp_path / "model.pt"), what]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-500:]
+def test_hooks_registered_after_loading_in_a_new_process_do_not_take_the_place_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RemovableHandle, "next_id", 0)  # as in a process that has registered none
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    wrap_moe(model, gates="1")
+    torch.save(model, tmp_path / "model.pt")
+    command = [sys.executable, "-c", HOOKS_AFTER_LOADING, str(tmp_path / "model.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 # ------------------------------------------------------------------------------------------------------------- removal
@@ -276,23 +277,6 @@ def test_a_step_after_an_exception_in_forward_is_as_without_it(reentrant: bool |
         model(x, target)["loss"].backward()
         found.append(gradients(model))
     assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
-
-
-@pytest.mark.filterwarnings(
-    r"ignore:`torch\._prims_common\.check` is deprecated:FutureWarning:torch",
-    r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning:torch",
-    r"ignore:.*should not be instantiated:DeprecationWarning",  # torch 2.9, of every function that it traces
-)
-def test_removal_stops_a_compiled_model() -> None:
-    torch.compiler.reset()
-    model = mixtral()
-    plain = model(**BATCH).loss
-    handle = wrap_moe(model)
-    compiled = torch.compile(model, backend="aot_eager")
-    assert not torch.allclose(compiled(**BATCH).loss, plain, rtol=1e-5)
-    handle.remove()
-    torch.testing.assert_close(compiled(**BATCH).loss, plain, rtol=1e-6, atol=0)
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("again", ["the model", "a part of it", "what holds it"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import shutil
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
@@ -107,11 +108,17 @@ def versions(*packages: str) -> dict[str, str]:
 def interval(values: list[float | None]) -> dict[str, Any]:
     """{mean, ci95, n}; ci95, the half-width of the 95 % interval (Student's t), is None for a single value, which has no spread
     to tell. None among the values, of a diverged run, makes it NaN."""
-    from scipy.stats import t
-
     n = len(values)
     known = [value for value in values if value is not None and math.isfinite(value)]
     if len(known) < n:
         return {"mean": math.nan, "ci95": math.nan if n > 1 else None, "n": n}
-    half = float(t.ppf(0.975, n - 1)) * stdev(known) / n**0.5 if n > 1 else None
+    half = _quantile(n - 1) * stdev(known) / n**0.5 if n > 1 else None
     return {"mean": fmean(known), "ci95": half, "n": n}
+
+
+@cache  # scipy takes a while for each, and all numbers of a run have the same seeds
+def _quantile(degrees: int) -> float:
+    """97.5 % of Student's t are below it."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, degrees))

@@ -1,7 +1,9 @@
 """Settings shared by all tests."""
 
+import gc
 import os
 import re
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several processes share the cores
 
@@ -15,15 +17,29 @@ settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What calls torch's compiler says so in its name, and takes as long as a process that is started."""
+    """Mark what calls torch's compiler, which says so in its name, as slow. Files with slow tests begin, so that none of them
+    is left to one process while the others have nothing to do.
+    """
     for item in items:
         if re.search("compile|inductor", item.nodeid):
             item.add_marker(pytest.mark.slow)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imported_once() -> Iterator[None]:
+    """Trainer collects garbage at each start, and would walk all that the libraries define: that is set aside once."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    # without a GPU torch would keep the call, and the stack that it came from, for one that may turn up
+    (torch if torch.cuda.is_available() else torch.default_generator).manual_seed(0)
 
 
 @pytest.hookimpl(optionalhook=True)

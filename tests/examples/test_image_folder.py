@@ -137,9 +137,12 @@ def test_one_unreadable_image_in_a_hundred_is_skipped_and_named(tmp_path, conten
 
 
 def test_mnist_is_four_digits_of_28_pixels_and_can_be_resized(monkeypatch):
-    raw = data._mnist()  # three seconds of reading, once
+    raw = data._mnist()
     assert raw[0].shape == (5000, 1, 28, 28)
     assert torch.bincount(raw[1]).tolist() == [500] * 10
+    ink = torch.stack([raw[0][raw[1] == digit].float().mean() for digit in range(10)])
+    assert (int(ink.argmax()), int(ink.argmin())) == (0, 1)
+    assert not raw[0][..., -1, -1].any()
     monkeypatch.setattr(data, "_mnist", lambda: raw)
     plain, small, chosen = data.load(Config()), data.load(Config(image_size=14)), data.load(Config(classes=["9", "0"]))
     assert plain.classes == ["3", "5", "8", "9"]

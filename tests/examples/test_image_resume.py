@@ -26,7 +26,8 @@ FLAGS = (
     "--samples-per-class=20 --novel=2 --epochs=2 --seeds=2 --batch-size=16 --dim=8 --hidden=8 --image-size=16 "
     "--lr=0.01 --oneshot-lr=0.05 --sigma-target=initial --routers baseline spectral"
 )
-LONG = FLAGS.replace("--epochs=2", "--epochs=30")
+# some seconds, in which a signal arrives
+LONG = FLAGS.replace("--epochs=2", "--epochs=40").replace("--seeds=2", "--seeds=1")
 EPOCH_SAVES, ONESHOT_SAVES = 2 * 2 * 2, 2 * 2 * (2 * 2 + 1)  # seeds, routers; epochs, or novel images and the end of a part
 KEPT = ("config.json", "results.json", "tables.md")
 
@@ -62,10 +63,15 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(photos, tmp_path_factory) -> dict[str, bytes]:
-    out = tmp_path_factory.mktemp("whole")
+def finished(photos, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("finished")
     assert main(command(photos, out)) == 0
-    return files(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(finished) -> dict[str, bytes]:
+    return files(finished)
 
 
 @pytest.fixture(scope="module")
@@ -102,23 +108,25 @@ def test_a_part_depends_on_its_router_and_seed_only(whole, photos, tmp_path):
 # --- Ctrl-C
 
 
-@pytest.mark.parametrize("calls", [1, 2, 3, 5, EPOCH_SAVES])
-def test_stopped_after_an_epoch(whole, photos, tmp_path, monkeypatch, capsys, calls):
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", after(storage.save_checkpoint, calls, KeyboardInterrupt()))
-        assert main(command(photos, tmp_path)) == 130
-    assert "--resume" in capsys.readouterr().err
-    assert not (tmp_path / "results.json").exists()
+def test_stopped_after_epochs(whole, photos, tmp_path, monkeypatch, capsys):
+    """After the first, second, third, fifth and last of all, each time resumed."""
+    for calls in np.diff([0, 1, 2, 3, 5, EPOCH_SAVES]):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "save_checkpoint", after(storage.save_checkpoint, calls, KeyboardInterrupt()))
+            assert main([*command(photos, tmp_path), "--resume"]) == 130
+        assert "--resume" in capsys.readouterr().err
+        assert not (tmp_path / "results.json").exists()
     assert main([*command(photos, tmp_path), "--resume"]) == 0
     assert files(tmp_path) == whole
 
 
-@pytest.mark.parametrize("calls", [1, 4, 5, 8, 13, ONESHOT_SAVES])
-def test_stopped_after_a_oneshot_update(whole, photos, tmp_path, monkeypatch, calls):
-    stopping = after(storage.write_json, calls, KeyboardInterrupt(), lambda path, _: path.parent.name == "parts")
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment, "write_json", stopping)
-        assert main(command(photos, tmp_path)) == 130
+def test_stopped_after_oneshot_updates(whole, photos, tmp_path, monkeypatch):
+    """After one within a part, several, the end of a part, and the end of the last; each time resumed."""
+    for calls in np.diff([0, 1, 4, 5, 8, 13, ONESHOT_SAVES]):
+        stopping = after(storage.write_json, calls, KeyboardInterrupt(), lambda path, _: path.parent.name == "parts")
+        with monkeypatch.context() as patch:
+            patch.setattr(experiment, "write_json", stopping)
+            assert main([*command(photos, tmp_path), "--resume"]) == 130
     assert main([*command(photos, tmp_path), "--resume"]) == 0
     assert files(tmp_path) == whole
 
@@ -138,29 +146,37 @@ def test_stopped_at_every_save_one_after_the_other(whole, photos, tmp_path, monk
     assert files(tmp_path) == whole
 
 
-@pytest.mark.parametrize(("kill", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_a_process_stopped_from_outside(whole_long, photos, tmp_path, kill, status):
+def epochs_done(out: Path) -> int:
+    """Zero while the checkpoint is not there, or is half replaced."""
+    found = list(out.glob("models/baseline-seed0.pt"))
+    return len(storage.load_checkpoint(found[0], torch.device("cpu"))["history"]) if found else 0
+
+
+def test_a_process_stopped_from_outside(whole_long, photos, tmp_path):
+    """By Ctrl-C, then, resumed, with no word of warning, then resumed to its end."""
     # a job that a script put into the background ignores SIGINT, and its children inherit that: listen all the same
     program = (
         "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "runpy.run_module('examples.image_classification', run_name='__main__')"
     )
-    arguments = [sys.executable, "-c", program, *command(photos, tmp_path, LONG)]
-    process = subprocess.Popen(arguments, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("models/*.pt")):
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(kill)
-        _, messages = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == status
-    assert "Traceback" not in messages
-    assert ("with --resume and without --overwrite, goes on from here" in messages) == (kill == signal.SIGINT)
-    assert not (tmp_path / "results.json").exists()
+    arguments = [sys.executable, "-c", program, *command(photos, tmp_path, LONG), "--resume"]
+    for kill, status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        before = epochs_done(tmp_path)
+        process = subprocess.Popen(arguments, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            deadline = time.monotonic() + 120
+            while epochs_done(tmp_path) == before:
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            process.send_signal(kill)
+            _, messages = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode == status
+        assert "Traceback" not in messages
+        assert ("with --resume and without --overwrite, goes on from here" in messages) == (kill == signal.SIGINT)
+        assert not (tmp_path / "results.json").exists()
     assert main([*command(photos, tmp_path, LONG), "--resume"]) == 0
     assert files(tmp_path) == whole_long
 
@@ -178,25 +194,41 @@ def no_space(*_, **__) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "broken", "file"),
-    [
-        (torch, "save", no_space, "models/baseline-seed0.pt"),
-        (torch, "save", half_written, "models/baseline-seed0.pt"),
-        (os, "fsync", no_space, "models/baseline-seed0.pt"),
-        (Path, "write_text", no_space, "parts/baseline-seed0.json"),
-        (Path, "write_text", no_space, "results.json"),
-        (Path, "write_text", no_space, "tables.md"),
-    ],
-)
-def test_a_failing_disk_loses_nothing_that_was_saved(whole, photos, tmp_path, monkeypatch, capsys, owner, name, broken, file):
+FAILURES = [
+    (torch, "save", no_space, "models/baseline-seed0.pt"),
+    (torch, "save", half_written, "models/baseline-seed0.pt"),
+    (os, "fsync", no_space, "models/baseline-seed0.pt"),
+    (Path, "write_text", no_space, "parts/baseline-seed0.json"),
+    (Path, "write_text", no_space, "results.json"),
+    (Path, "write_text", no_space, "tables.md"),
+]
+
+
+def test_a_failing_disk_loses_nothing_that_was_saved(whole, photos, tmp_path, monkeypatch, capsys):
+    """In the order in which a run would meet them, each time resumed."""
     with monkeypatch.context() as patch:
         patch.setattr(train, "save_checkpoint", after(storage.save_checkpoint, 1, KeyboardInterrupt()))
         assert main(command(photos, tmp_path)) == 130
     checkpoint = tmp_path / "models" / "baseline-seed0.pt"
     saved = checkpoint.read_bytes()
-    capsys.readouterr()
-    real, temporary = getattr(owner, name), (tmp_path / file).with_name(f".{Path(file).name}.partial")
+    for owner, name, broken, file in FAILURES:
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, failing(owner, name, broken, tmp_path / file))
+            assert main([*command(photos, tmp_path), "--resume"]) == 1
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert line.startswith(f"error: cannot write {tmp_path / file}: ")
+        assert "--resume" in line
+        assert (checkpoint.read_bytes() == saved) == file.startswith("models")
+        assert not (tmp_path / file).exists() or file.startswith("models")
+        assert not list(tmp_path.rglob(".*.partial"))
+    assert main([*command(photos, tmp_path), "--resume"]) == 0
+    assert files(tmp_path) == whole
+
+
+def failing(owner: object, name: str, broken: Callable, file: Path) -> Callable:
+    """`owner.name`, but `broken` for what it does to the temporary file of this one."""
+    real, temporary = getattr(owner, name), file.with_name(f".{file.name}.partial")
 
     def fails(*arguments, **options):
         if owner is os:
@@ -205,27 +237,10 @@ def test_a_failing_disk_loses_nothing_that_was_saved(whole, photos, tmp_path, mo
             hit = temporary in [argument for argument in arguments if isinstance(argument, Path)]
         return (broken if hit else real)(*arguments, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, fails)
-        assert main([*command(photos, tmp_path), "--resume"]) == 1
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert line.startswith(f"error: cannot write {tmp_path / file}: ")
-    assert "--resume" in line
-    assert (checkpoint.read_bytes() == saved) == file.startswith("models")
-    assert not (tmp_path / file).exists() or file.startswith("models")
-    assert not list(tmp_path.rglob(".*.partial"))
-    assert main([*command(photos, tmp_path), "--resume"]) == 0
-    assert files(tmp_path) == whole
+    return fails
 
 
 # --- --resume and --overwrite
-
-
-@pytest.fixture(scope="module")
-def finished(whole, photos, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("finished")
-    assert main(command(photos, out)) == 0
-    return out
 
 
 def test_a_run_that_is_there_is_not_touched_unasked(finished, whole, photos, capsys):

@@ -10,7 +10,7 @@ from transformer_worker import arguments, write_domains
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.shared.storage import read_json, write_json
-from examples.transformer_moe import arms, config, data, model, train
+from examples.transformer_moe import arms, config, data, figures, model, train
 from examples.transformer_moe.__main__ import main
 from examples.transformer_moe.whole import WHOLE, is_whole, seal
 from spectral_router import find_gates
@@ -31,6 +31,12 @@ def ran(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run")
     assert main(arguments(text, out, "--report-to", "tensorboard")) == 0
     return out
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than the run does, and are of its results alone."""
+    monkeypatch.setattr(figures, "draw", lambda *_: [])
 
 
 def results(out: Path) -> dict:
@@ -73,6 +79,7 @@ def test_every_arm_begins_alike_and_goes_its_own_way(ran: Path) -> None:
     assert len(ended) == len(config.ARMS)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_without_coefficients_every_arm_is_none(text: Path, tmp_path: Path) -> None:
     """So the arms differ in their term only: weights, batches, steps, clipping and measurements are the same."""
     coefs = ["--alpha", "0", "--beta", "0", "--own-coef", "0"]
@@ -117,6 +124,7 @@ def test_saving_is_the_same_with_us(text: Path, tmp_path: Path) -> None:
     assert "routers.pt" not in files
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("arm", ["own", "both"])
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(ran: Path, text: Path, tmp_path: Path, monkeypatch, arm: str) -> None:
     from transformer_worker import interrupted
@@ -139,7 +147,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(ran: Path, text: Path, tmp
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_a_diverged_run_resumes(text: Path, tmp_path: Path) -> None:
+def test_a_diverged_run_resumes(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = arguments(text, tmp_path, "--arms", "none", "both", "--lr", "1e30")
     assert main(flags) == 0
     first = (tmp_path / "results.json").read_bytes()
@@ -147,11 +155,13 @@ def test_a_diverged_run_resumes(text: Path, tmp_path: Path) -> None:
     found = results(tmp_path)
     assert found["runs"]["both"][0]["train"]["history"][-1]["loss"] is None
     assert found["summary"]["both"]["forgetting_at_common_gain"]["mean"] is None
+    monkeypatch.setattr(figures, "draw", lambda *_: [])  # of the same results, once is enough
     assert main([*flags, "--resume"]) == 0
     assert (tmp_path / "results.json").read_bytes() == first
     assert (tmp_path / "tables.md").read_text() == tables
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_fine_tuning_a_folder(ran: Path, text: Path, tmp_path: Path) -> None:
     folder = ran / "models" / "none-seed0"
     options = ["--model", str(folder), "--arms", "none", "penalty", "--adapt-steps", "0"]
@@ -174,6 +184,7 @@ def test_a_single_domain_has_no_adaptation(text: Path, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "out" / "figures").iterdir()} == {"loss.png", "load.png", "gates.png"}
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("architecture", ["olmoe", "qwen3_moe", "gpt_oss"])
 def test_other_architectures(text: Path, tmp_path: Path, architecture: str) -> None:
     options = ["--architecture", architecture, "--arms", "own", "both", "--adapt-steps", "0", "--steps", "2"]
@@ -194,6 +205,7 @@ def test_each_seed_has_batches_of_its_own_that_all_arms_share(text: Path, tmp_pa
     assert not torch.equal(starts[0], starts[2])
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_damaged_checkpoint_is_left_aside(ran: Path, text: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     from transformer_worker import interrupted
 

@@ -14,6 +14,7 @@ from moe_models import BATCH, mixtral
 from safetensors.torch import load_file
 from transformer_worker import arguments, write_domains
 
+from examples.transformer_moe import figures
 from examples.transformer_moe.__main__ import main
 from spectral_router import wrap_moe
 
@@ -47,7 +48,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A single process, each arm with the whole batch."""
     out = tmp_path_factory.mktemp("one")
-    assert main(arguments(text, out, "--arms", "own", "both")) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "draw", lambda *_: [])  # no test looks at them
+        assert main(arguments(text, out, "--arms", "own", "both")) == 0
     return out
 
 
@@ -68,11 +71,18 @@ def assert_the_same_curve(found: Path, expected: Path, arm: str, tolerance: floa
     assert all(torch.allclose(weights[0][name], weights[1][name], atol=10 * tolerance) for name in weights[0])
 
 
-def test_ddp_with_torchrun_gives_the_curve_of_one_process(text: Path, one: Path, tmp_path: Path) -> None:
-    launch(TORCHRUN, "example", text, tmp_path, "--arms", "own", "both")
-    assert_the_same_curve(tmp_path, one, "both", 1e-5)
+@pytest.fixture(scope="module")
+def torchrun(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two processes, which take longer to start than to do both: the example, then a sharded checkpoint."""
+    out = tmp_path_factory.mktemp("torchrun")
+    launch(TORCHRUN, "example+checkpoint", text, out, "--arms", "own", "both")
+    return out
+
+
+def test_ddp_with_torchrun_gives_the_curve_of_one_process(one: Path, torchrun: Path) -> None:
+    assert_the_same_curve(torchrun, one, "both", 1e-5)
     # the model's own loss is of the half that a process has, as transformers computes it
-    assert_the_same_curve(tmp_path, one, "own", 1e-2)
+    assert_the_same_curve(torchrun, one, "own", 1e-2)
 
 
 def test_fsdp2_with_accelerate_stopped_twice_gives_the_curve_of_one_process(text: Path, one: Path, tmp_path: Path) -> None:
@@ -81,16 +91,15 @@ def test_fsdp2_with_accelerate_stopped_twice_gives_the_curve_of_one_process(text
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process is what is meant
-def test_a_sharded_checkpoint_with_the_handle_attached(tmp_path: Path) -> None:
+def test_a_sharded_checkpoint_with_the_handle_attached(torchrun: Path) -> None:
     """Saved by two processes, read by one."""
-    launch(TORCHRUN, "checkpoint", tmp_path)
-    expected = torch.load(tmp_path / "plain.pt", weights_only=False)
+    expected = torch.load(torchrun / "plain.pt", weights_only=False)
     assert mixtral().state_dict().keys() == expected["model"].keys()
     model = mixtral()
     handle = wrap_moe(model)
     handle.metrics()  # so that the term has a state to be filled
     state = {"model": model.state_dict(), "routers": handle.state_dict()}
-    dcp.load(state, checkpoint_id=tmp_path / "dcp")
+    dcp.load(state, checkpoint_id=torchrun / "dcp")
     model.load_state_dict(state["model"])
     handle.load_state_dict(state["routers"])
     for name, value in model.state_dict().items():

@@ -157,7 +157,8 @@ def test_another_run_is_neither_overwritten_nor_continued(run, photos, capsys):
     assert (run.out / "results.json").read_bytes() == before
 
 
-def test_a_run_goes_on_with_another_arm(photos, tmp_path):
+def test_a_run_goes_on_with_another_arm(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "draw", lambda *_: [])
     flags = ["--seeds=1", "--epochs=1"]
     assert main(command(photos, tmp_path, *flags, "--arms", "plain")) == 0
     before = (tmp_path / "parts" / "plain-seed0.json").stat().st_mtime_ns

@@ -58,10 +58,11 @@ def examine(group: str, case: Case, with_example: bool = False) -> Finding:
     """One model, found by names, or by what it computes of one batch, which `wrap_moe` then gets too."""
     model, inputs = case.build()
     with_example = with_example and case.runs
-    found, extra = _match(case, model, find_gates(model, example=inputs if with_example else None))
+    gates = find_gates(model, example=inputs if with_example else None)
+    found, extra = _match(case, model, gates)
     unchanged = error = None
     if case.expected and case.runs and found:
-        unchanged = _unchanged(model, inputs, with_example)
+        unchanged = _unchanged(model, inputs, gates if with_example else None)
         try:
             error = _gradient_error(case, with_example)
         except (RuntimeError, TypeError, ValueError) as problem:  # a wrong reading; the others still count
@@ -79,13 +80,13 @@ def _match(case: Case, model: nn.Module, gates: Sequence[Gate]) -> tuple[int, in
     return (truth & seen).total(), (seen - truth).total()
 
 
-def _unchanged(model: nn.Module, inputs: dict[str, Any], with_example: bool) -> bool:
+def _unchanged(model: nn.Module, inputs: dict[str, Any], gates: list[Gate] | None) -> bool:
     """Outputs bit for bit in evaluation, keys of the state and class, while wrapped and afterwards."""
     model.eval()
     before, keys, kind = _run(model, inputs), list(model.state_dict()), type(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        handle = wrap_moe(model, example=inputs if with_example else None)
+        handle = wrap_moe(model, gates=gates)
     during = _run(model, inputs)
     same = list(model.state_dict()) == keys and type(model) is kind
     handle.remove()
@@ -169,13 +170,13 @@ def table(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m studies.gates", description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", help="names of models; default: all")
     parser.add_argument("--example", action="store_true", help="find gates by what one forward computes, beside names")
     parser.add_argument("--renamed", action="store_true", help="call all parts at random first, so that names tell nothing")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table there")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     cases = [(group, case) for group, members in GROUPS.items() for case in members]
     unknown = set(arguments.models) - {case.name for _, case in cases}
     if unknown:

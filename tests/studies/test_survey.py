@@ -9,7 +9,7 @@ import pytest
 
 from spectral_router import Gate, find_gates
 from studies.gates import CASES, GROUPS, NEGATIVES, TRANSFORMERS
-from studies.gates.__main__ import examine
+from studies.gates.__main__ import examine, main
 from studies.gates.renamed import anonymous
 
 ROOT = Path(__file__).parents[2]
@@ -82,14 +82,15 @@ def test_the_table_in_the_documentation_is_of_these_models() -> None:
 
 
 @pytest.mark.slow
-def test_command_prints_the_table_and_names_unknown_models() -> None:
+def test_command_prints_the_table_and_names_unknown_models(capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "studies.gates", "linear_gate"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "| linear_gate | built like | 2 / 2 | 0 | yes |" in done.stdout
-    done = subprocess.run([*command, "nonesuch"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2
-    assert "no such model: nonesuch" in done.stderr
+    with pytest.raises(SystemExit) as ended:
+        main(["linear_gate", "nonesuch"])
+    assert ended.value.code == 2
+    assert "no such model: nonesuch" in capsys.readouterr().err
 
 
 def test_gates_alike_are_tried_once_with_equal_results() -> None:

@@ -1,5 +1,7 @@
 """`experts_of` by perturbation: what it names of an expert changes exactly the tokens that the gate sends there."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,21 +27,34 @@ def tokens_of(output) -> Tensor:
     return tensor.detach().clone()
 
 
-def run(model: nn.Module, inputs: dict, tally: Tally) -> tuple[Tensor, Tensor]:
-    """What the gate chooses, (tokens, experts), and the output of the block where its experts are, (tokens, dim)."""
+class EnoughError(Exception):
+    """The block has run for the last time: what comes after it is not looked at."""
+
+
+def run(model: nn.Module, inputs: dict, tally: Tally, calls: int | None = None) -> tuple[Tensor, Tensor, int]:
+    """What the gate chooses, (tokens, experts), and the output of the block where its experts are, (tokens, dim); and how
+    often that block was called, after which another run may end.
+    """
     seen = []
     where = tally.gate.block
     if type(where).__name__ == "JetMoeMoA":  # is not called itself; what follows it mixes tokens
         where = next(module for module in model.modules() if where in module.children())
-    hook = where.register_forward_hook(lambda module, args, output: seen.append(tokens_of(output)))
+
+    def note(module: nn.Module, args: object, output: object) -> None:
+        seen.append(tokens_of(output))
+        if len(seen) == calls:
+            raise EnoughError
+
     tally.last = None
-    with watched([tally]), torch.no_grad():
-        torch.default_generator.manual_seed(1)
-        model(**inputs)
+    with watched([tally]):
+        hook = where.register_forward_hook(note)  # after the tally's, as the gate may be the block
+        with torch.no_grad(), suppress(EnoughError):
+            torch.default_generator.manual_seed(1)
+            model(**inputs)
         tally.flush()
-    hook.remove()
+        hook.remove()
     if tally.last is None:
-        return None, None
+        return None, None, 0
     chosen = tally.last.chosen
     if type(where).__name__ == "NllbMoeSparseMLP":
         # transformers 5.23 takes the one-hot mask of the first choice for indices: expert 1 gets every token's first choice,
@@ -48,17 +63,17 @@ def run(model: nn.Module, inputs: dict, tally: Tally) -> tuple[Tensor, Tensor]:
         first[:, 1] = True
         first[:, 0] = chosen.sum(-1) > 1
         chosen = first
-    return chosen, seen[-1].reshape(len(chosen), -1)
+    return chosen, seen[-1].reshape(len(chosen), -1), len(seen)
 
 
 @torch.no_grad()
-def changed_by(model: nn.Module, inputs: dict, tally: Tally, parts: list, before: Tensor) -> Tensor:
+def changed_by(model: nn.Module, inputs: dict, tally: Tally, parts: list, before: Tensor, calls: int) -> Tensor:
     """The tokens, (tokens), whose output a change of these parts changes."""
     saved = [part.tensor.clone() for part in parts]
     generator = torch.Generator().manual_seed(2)
     for part in parts:
         part.tensor.add_(torch.randn(part.tensor.shape, generator=generator))
-    after = run(model, inputs, tally)[1]
+    after = run(model, inputs, tally, calls)[1]
     for part, value in zip(parts, saved, strict=True):
         part.tensor.copy_(value)
     return (after != before).any(-1)
@@ -73,13 +88,13 @@ def test_what_it_names_changes_exactly_that_experts_tokens(case) -> None:
         if gate.index is not None or gate.name.endswith(("gate_outer", "gate_inner")):
             continue  # hierarchical: tokens are in slots there; see below
         experts, tally = experts_of(gate), Tally(gate, decoding=False)
-        chosen, before = run(model, inputs, tally)
+        chosen, before, calls = run(model, inputs, tally)
         if chosen is None:
             continue
         assert len(experts) == chosen.shape[1]
         causal = type(gate.block).__name__ == "JetMoeMoA"
         for number in range(len(experts)) if len(experts) < 20 else chosen.any(0).nonzero().flatten().tolist()[:9]:
-            changed = changed_by(model, inputs, tally, experts[number], before)
+            changed = changed_by(model, inputs, tally, experts[number], before, calls)
             expected = chosen[:, number] if experts[number] else torch.zeros_like(changed)
             if causal:  # attention hands a change on to later tokens
                 changed, expected = (mask.view(2, -1).long().argmax(-1) for mask in (changed, expected))
@@ -193,12 +208,12 @@ def test_lora_belongs_to_the_expert_that_it_adapts(stacked: bool) -> None:
                 parameter.normal_()
     for gate in find_gates(model):
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        chosen, before = run(model, inputs, tally := Tally(gate, decoding=False))
+        chosen, before, calls = run(model, inputs, tally := Tally(gate, decoding=False))
         for number, parts in enumerate(experts_of(gate)):
             adapters = [part for part in parts if "lora_" in names[id(part.parameter)]]
             assert len(adapters) == 4
             for part in adapters:
-                assert torch.equal(changed_by(model, inputs, tally, [part], before), chosen[:, number])
+                assert torch.equal(changed_by(model, inputs, tally, [part], before, calls), chosen[:, number])
 
 
 def test_inner_experts_of_a_hierarchy_are_parts_of_the_outer_ones() -> None:

@@ -24,13 +24,15 @@ ENGINES = [
     "distributed_hold",
     "distributed_tp",
 ]
+# of rooms beside `wrap`; in the same two processes, as these take longer to start than to check
+LOSSES, SURGERY = "distributed_losses", "distributed_surgical"
 
 ZERO = ["distributed_deepspeed", "distributed_zero_refuses"]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float | str]:
-    return run(ENGINES, tmp_path_factory.mktemp("two"))
+    return run([*ENGINES, SURGERY, LOSSES], tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,17 @@ def zero(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float | str]:
 def test_two_processes(two: dict[str, float | str], name: str) -> None:
     assert isinstance(two[name], float), two[name]
     assert two[name] < 1e-10
+
+
+@pytest.mark.parametrize("name", names(LOSSES))
+def test_balance_losses_of_the_global_batch(two: dict[str, float | str], name: str) -> None:
+    assert isinstance(two[name], float), two[name]
+    assert two[name] < 1
+
+
+@pytest.mark.parametrize("name", names(SURGERY))
+def test_surgical_updates(two: dict[str, float | str], name: str) -> None:
+    assert two[name] == 0.0, two[name]
 
 
 @pytest.mark.parametrize("name", names("distributed_fsdp_three"))

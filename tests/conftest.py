@@ -40,3 +40,9 @@ def _imported_once() -> Iterator[None]:
 def _seed() -> None:
     # without a GPU torch would keep the call, and the stack that it came from, for one that may turn up
     (torch if torch.cuda.is_available() else torch.default_generator).manual_seed(0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: some tests wait for processes that they start."""
+    return min((os.cpu_count() or 1) + 1, 4)

@@ -62,8 +62,8 @@ def _reference() -> Iterator[Document]:
 
 
 def _packages() -> Iterator[Document]:
-    """Descriptions and licences of what is installed."""
-    for distribution in metadata.distributions():
+    """Descriptions and licences of what is installed beside torch; `sys.path` may hold more once a program has run a while."""
+    for distribution in metadata.distributions(path=[str(Path(torch.__file__).parents[1])]):
         for file in distribution.files or []:
             inside = next((part for part in file.parts if part.endswith(".dist-info")), None)
             if inside and (file.name == "METADATA" or file.name.lower().startswith(("licen", "copying", "notice", "authors"))):

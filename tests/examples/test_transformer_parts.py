@@ -29,9 +29,14 @@ def _with(config: Config, **changes: Any) -> Config:
 # ------------------------------------------------------------------------------------------------------------------ text
 
 
-def test_the_embedded_domains_are_disjoint_and_the_same_each_time() -> None:
+def test_the_embedded_domains_are_disjoint_and_the_same_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = sources.embedded()
     sources.embedded.cache_clear()
+    # as setuptools does with what it brings along, once something imports it
+    (tmp_path / "brought-1.dist-info").mkdir()
+    (tmp_path / "brought-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.4\nName: brought\nVersion: 1\n")
+    (tmp_path / "brought-1.dist-info" / "RECORD").write_text("brought-1.dist-info/METADATA,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
     assert first == sources.embedded()
     assert list(first) == ["headers", "python", "reference", "packages"]
     names = [{document.name for document in part} for part in first.values()]

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from image_runs import CLASSES, make_photos
+from pictures import without_pictures
 
-from examples.image_classification import experiment, figures
+from examples.image_classification import experiment
 from examples.image_classification.__main__ import main
 from examples.shared import storage
 from examples.shared.command import ExperimentError
@@ -95,8 +96,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
 def whole(photos: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run as it is after all but its last part: a checkpoint to go on from, parts to read."""
     out = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "draw", lambda *_: [])
+    with without_pictures():
         assert main(command(photos, out)) == 0
     return out
 
@@ -110,9 +110,8 @@ def kept(out: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def quick(photos: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(photos: str, monkeypatch: pytest.MonkeyPatch, no_pictures: None) -> None:
     """Images are read once, and no table is printed: two hundred runs in a few seconds."""
-    monkeypatch.setattr(figures, "draw", lambda *_: [])
     monkeypatch.setattr("examples.image_classification.report.write", lambda *_: None)
     known = experiment.read(experiment.Config(data=photos, image_size=8))
     monkeypatch.setattr(experiment, "read", lambda config: known)

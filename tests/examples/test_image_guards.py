@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from image_runs import CLASSES, make_photos
+from pictures import without_pictures
 
-from examples.image_classification import figures
 from examples.image_classification.__main__ import main
 from examples.shared import runs, storage
 
@@ -26,18 +26,11 @@ def photos(tmp_path_factory) -> str:
     return make_photos(tmp_path_factory.mktemp("photos"), CLASSES)
 
 
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than the run does, and are of its results alone."""
-    monkeypatch.setattr(figures, "draw", lambda *_: [])
-
-
 @pytest.fixture(scope="module")
 def done(photos: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run for tests that change a copy of it, or nothing in it."""
     out = tmp_path_factory.mktemp("done")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "draw", lambda *_: [])
+    with without_pictures():
         assert main(command(photos, out)) == 0
     return out
 
@@ -76,7 +69,7 @@ def test_a_damaged_file_is_named(done, photos, tmp_path, capsys, name):
     assert last in message
 
 
-def test_a_run_that_diverges_is_reported_and_its_json_is_valid(photos, tmp_path, capsys, monkeypatch):
+def test_a_run_that_diverges_is_reported_and_its_json_is_valid(photos, tmp_path, capsys):
     assert main(command(photos, tmp_path, "--lr=1e30")) == 0
     assert "nan" in capsys.readouterr().out
     text = (tmp_path / "results.json").read_text()
@@ -87,8 +80,8 @@ def test_a_run_that_diverges_is_reported_and_its_json_is_valid(photos, tmp_path,
     assert [summary[name]["mean"] for name in ("accuracy", "novel_accuracy_before", "novel_accuracy_after")] == [0, 0, 0]
     assert summary["paths_used"]["mean"] is summary["top_path_share"]["mean"] is None
     # from the saved parts alone, too; one picture of them is enough
-    monkeypatch.setattr(figures, "draw", lambda *_: [])
-    assert main(command(photos, tmp_path, "--lr=1e30", "--resume")) == 0
+    with without_pictures():
+        assert main(command(photos, tmp_path, "--lr=1e30", "--resume")) == 0
     assert (tmp_path / "results.json").read_text() == text
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from image_runs import CLASSES, FLAGS, make_photos, start
 
-from examples.image_classification import config, figures
+from examples.image_classification import config
 
 pytestmark = pytest.mark.slow
 
@@ -14,12 +14,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> str:
     return make_photos(tmp_path_factory.mktemp("photos"), CLASSES)
-
-
-@pytest.fixture
-def no_pictures(monkeypatch) -> None:
-    """They take two seconds a run."""
-    monkeypatch.setattr(figures, "draw", lambda *_: [])
 
 
 def test_all_routers_and_the_rarer_settings(photos, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pictures import without_pictures
 from PIL import Image
 
 from examples.image_classification import experiment, figures, train
@@ -46,9 +47,7 @@ def photos(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_pictures():
-    """They take two seconds a run, and are made anew from the results each time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "draw", lambda *_: [])
+    with without_pictures():
         yield
 
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pictures import without_pictures
 from safetensors.torch import load_file
 from transformer_worker import arguments, write_domains
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.shared.storage import read_json, write_json
-from examples.transformer_moe import arms, config, data, figures, model, train
+from examples.transformer_moe import arms, config, data, model, train
 from examples.transformer_moe.__main__ import main
 from examples.transformer_moe.whole import WHOLE, is_whole, seal
 from spectral_router import find_gates
@@ -31,12 +32,6 @@ def ran(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run")
     assert main(arguments(text, out, "--report-to", "tensorboard")) == 0
     return out
-
-
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than the run does, and are of its results alone."""
-    monkeypatch.setattr(figures, "draw", lambda *_: [])
 
 
 def results(out: Path) -> dict:
@@ -147,7 +142,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(ran: Path, text: Path, tmp
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_a_diverged_run_resumes(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_diverged_run_resumes(text: Path, tmp_path: Path) -> None:
     flags = arguments(text, tmp_path, "--arms", "none", "both", "--lr", "1e30")
     assert main(flags) == 0
     first = (tmp_path / "results.json").read_bytes()
@@ -155,8 +150,8 @@ def test_a_diverged_run_resumes(text: Path, tmp_path: Path, monkeypatch: pytest.
     found = results(tmp_path)
     assert found["runs"]["both"][0]["train"]["history"][-1]["loss"] is None
     assert found["summary"]["both"]["forgetting_at_common_gain"]["mean"] is None
-    monkeypatch.setattr(figures, "draw", lambda *_: [])  # of the same results, once is enough
-    assert main([*flags, "--resume"]) == 0
+    with without_pictures():  # of the same results, once is enough
+        assert main([*flags, "--resume"]) == 0
     assert (tmp_path / "results.json").read_bytes() == first
     assert (tmp_path / "tables.md").read_text() == tables
 

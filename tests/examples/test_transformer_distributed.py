@@ -11,10 +11,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformer_worker
 from moe_models import BATCH, mixtral
+from pictures import without_pictures
 from safetensors.torch import load_file
 from transformer_worker import arguments, write_domains
 
-from examples.transformer_moe import figures
 from examples.transformer_moe.__main__ import main
 from spectral_router import wrap_moe
 
@@ -48,8 +48,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A single process, each arm with the whole batch."""
     out = tmp_path_factory.mktemp("one")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "draw", lambda *_: [])  # no test looks at them
+    with without_pictures():
         assert main(arguments(text, out, "--arms", "own", "both")) == 0
     return out
 

@@ -7,9 +7,10 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from pictures import without_pictures
 from transformer_worker import write_domains
 
-from examples.transformer_moe import figures, study
+from examples.transformer_moe import study
 from examples.transformer_moe.__main__ import main
 from examples.transformer_moe.config import SCOPES, Config
 from studies.surgery import report
@@ -33,8 +34,7 @@ def results(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
     for scope in SCOPES:
         out = tmp_path_factory.mktemp(scope)
         flags = f"{TINY} --dataset {text} --arms both --adapt-scope {scope} --adapt-lr 0.01 --out {out}"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(figures, "draw", lambda *_: [])  # no test looks at them
+        with without_pictures():
             assert main(flags.split()) == 0
         found[scope] = json.loads((out / "results.json").read_text())["runs"]["both"][0]
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import os
 import sys
@@ -16,8 +17,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # of one collective, and of all checks together: where a rank waits for nothing, the tests fail instead of hanging
-PATIENCE = timedelta(seconds=60)
-LIMIT = 300
+PATIENCE = timedelta(seconds=240)
+LIMIT = 600
 
 
 def run(modules: list[str], folder: Path, ranks: int = 2) -> dict[str, float | str]:
@@ -49,13 +50,18 @@ def work(rank: int, modules: list[str], folder: str, ranks: int) -> None:
     results: dict[str, float | str] = {}
     for module in modules:
         for name, check in importlib.import_module(module).CHECKS.items():
+            faulthandler.dump_traceback_later(0.9 * PATIENCE.total_seconds())  # where a rank is that the others wait for
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
                     results[f"{module}: {name}"] = check(rank)
             except Exception:
                 results[f"{module}: {name}"] = traceback.format_exc()
-            dist.barrier()
+            try:
+                dist.barrier()
+            except RuntimeError as error:  # what this rank raised may be why the others still wait in the check
+                raise RuntimeError(f"{module}: {name}: alone at its end; it gave {results[f'{module}: {name}']}") from error
+    faulthandler.cancel_dump_traceback_later()
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()  # the results of all are there
     # without the interpreter's own end: in it a thread of torch or gloo now and then aborts a process that is done

@@ -27,7 +27,7 @@ def measure(recorder: Recorder) -> dict[str, dict[str, float]]:
         row = {"sigma_max": spectral_norm(weight).item(), "stable_rank": stable_rank(weight).item(), "penalty": penalty}
         row |= {"sigma_drift": drifts[index][0], "rank_drift": drifts[index][1]}
         row |= _of_share(recorder.shares.get(index))
-        if recorder.shares:
+        if any(share is not None for share in recorder.shares.values()):
             balance = recorder.balances.get(index)
             row["loss"] = recorder.penalty_coef * penalty + recorder.balance_coef * (0.0 if balance is None else balance.item())
         else:  # before the first forward

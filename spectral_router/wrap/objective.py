@@ -36,8 +36,10 @@ class Objective:
         self.balance = balance
         self.penalty_coef = penalty_coef
         self.balance_coef = balance_coef
-        self.shares: dict[int, Tensor] = {}  # of the last training forward, by gate: mean probability of each expert
-        self.balances: dict[int, Tensor] = {}  # likewise: the balance loss, without coefficient
+        # of the last training forward, by gate: mean probability of each expert, and the balance loss without coefficient.
+        # Every gate has its key from the start: compiled code is compiled anew where a dictionary gets another one
+        self.shares: dict[int, Tensor | None] = dict.fromkeys(range(len(gates)))
+        self.balances: dict[int, Tensor | None] = dict.fromkeys(range(len(gates)))
         self.ties = tied(gates)  # numbers of the gates that share a matrix, for each matrix
 
     @property
@@ -76,8 +78,7 @@ class Objective:
 
     def measured(self, calls: list[tuple[int, Call]], arguments: Mapping[str, Any]) -> list[Tensor]:
         """The balance loss of each call; their values and the experts' shares are kept for the metrics."""
-        self.balances = {number: balance for number, balance in self.balances.items() if not self.runs(number)}
-        found = []
+        found, sums = [], {}
         for number, call in calls:
             if call.scores is None:
                 continue
@@ -87,9 +88,12 @@ class Objective:
             share = _share(tap.gate.score(scores) if self.reads_logits else scores, mask)
             if self.balance is not None:
                 balance = self.balance(call.scores, mask)
-                self.balances[number] = kept(self.balances.get(number, 0) + balance.detach())
+                sums[number] = kept(sums.get(number, 0) + balance.detach())
                 found.append(balance)
             self.shares[number] = kept(share)
+        for number in range(len(self.gates)):
+            if self.runs(number):
+                self.balances[number] = sums.get(number)
         return found
 
     def learning(self) -> list[bool]:

@@ -27,11 +27,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _imported_once() -> Iterator[None]:
-    """Trainer collects garbage at each start, and would walk all that the libraries define: that is set aside once."""
+    """Trainer collects garbage at each start, and would walk all that the libraries define: what is there by now, as some
+    are imported by tests, is set aside.
+    """
     gc.collect()
     gc.freeze()
+    yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_aside_at_the_end() -> Iterator[None]:
     yield
     gc.unfreeze()
 

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 from image_runs import CLASSES, FLAGS, make_photos, start
+from inductor import QUICK_INDUCTOR
 
 from examples.image_classification import config
 
@@ -58,6 +59,7 @@ def test_classes_may_have_any_name(tmp_path, names):
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {3}
 
 
+@QUICK_INDUCTOR
 # raised inside torch while it traces its own decompositions
 @pytest.mark.filterwarnings(r"ignore:`torch\._prims_common\.check` is deprecated:FutureWarning:torch")
 def test_a_compiled_run_learns_the_same(photos, tmp_path, no_pictures):

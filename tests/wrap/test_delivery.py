@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from inductor import QUICK_INDUCTOR
 from moe_models import (
     BALANCE,
     BATCH,
@@ -27,7 +28,6 @@ from moe_models import (
     tokens,
     wrapped_stack,
 )
-from test_compile import QUICK_INDUCTOR
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -200,7 +200,7 @@ def test_hooks_are_traced_and_compiled_once_and_stop_where_they_are_removed() ->
         assert not torch.allclose(loss, plain, rtol=1e-5)
         loss.backward()
         graphs.append(graphs_made())
-    assert graphs[1] == graphs[-1]
+    assert len(set(graphs)) == 1
     handle.remove()
     torch.testing.assert_close(forward(**BATCH).loss, plain, rtol=1e-6, atol=0)
 

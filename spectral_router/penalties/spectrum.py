@@ -65,7 +65,7 @@ class _SpectralValues(torch.autograd.Function):
             fat = _fat(scaled)
             gram = _finite_gram(fat, scale)
             u = _top_eigenvector(gram) if start is None else _power_iteration(gram, start)
-            v = (u[:, None, :] @ fat)[:, 0]
+            v = torch.bmm(u[:, None, :], fat)[:, 0]
             sigma = torch.linalg.vector_norm(v, dim=-1)
             v = v / positive(sigma)[:, None]
             # R is in [1, m] for every matrix but zero; the clamp takes off rounding, and what a lagging iteration adds
@@ -158,7 +158,7 @@ def _fat(batch: Tensor) -> Tensor:
 
 def _finite_gram(fat: Tensor, scale: Tensor) -> Tensor:
     """W W^T (B, m, m), with zeros in place of matrices that are not finite: ``eigh`` raises on those."""
-    return (fat @ fat.mT).masked_fill_(~scale.isfinite()[:, None, None], 0)
+    return torch.bmm(fat, fat.mT).masked_fill_(~scale.isfinite()[:, None, None], 0)
 
 
 def _top_eigenvector(gram: Tensor) -> Tensor:
@@ -170,12 +170,12 @@ def _power_iteration(gram: Tensor, start: Tensor) -> Tensor:
     """(B, m, m), (B, m) -> (B, m): the start after 2^13 multiplications with the Gram matrix, at unit length."""
     power = gram / positive(_trace(gram))[:, None, None]
     for _ in range(_SQUARINGS):
-        power = power @ power
+        power = torch.bmm(power, power)
         power.div_(positive(_trace(power))[:, None, None])
     u = start + FIXED_SHARE * fixed_start(len(start), start.shape[1], gram)
     # twice: where the start holds next to nothing of the top direction, the first product is half rounding
     for _ in range(2):
-        u = (power @ u[..., None])[..., 0]
+        u = torch.bmm(power, u[..., None])[..., 0]
         u = u / positive(torch.linalg.vector_norm(u, dim=-1, keepdim=True))
     return u
 

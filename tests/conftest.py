@@ -28,13 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _imported_once() -> Iterator[None]:
+def _imported_once() -> None:
     """Trainer collects garbage at each start, and would walk all that the libraries define: what is there by now, as some
     are imported by tests, is set aside.
     """
     gc.collect()
     gc.freeze()
-    yield
 
 
 @pytest.fixture(scope="session", autouse=True)

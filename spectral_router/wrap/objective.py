@@ -78,7 +78,8 @@ class Objective:
 
     def measured(self, calls: list[tuple[int, Call]], arguments: Mapping[str, Any]) -> list[Tensor]:
         """The balance loss of each call; their values and the experts' shares are kept for the metrics."""
-        found, sums = [], {}
+        found: list[Tensor] = []
+        sums: dict[int, Tensor] = {}
         for number, call in calls:
             if call.scores is None:
                 continue

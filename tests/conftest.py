@@ -50,5 +50,5 @@ def _seed() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: some tests wait for processes that they start."""
-    return min((os.cpu_count() or 1) + 1, 4)
+    """One more than there are cores, up to pyproject.toml's `--maxprocesses`: some tests wait for processes that they start."""
+    return (os.cpu_count() or 1) + 1

@@ -50,17 +50,18 @@ def work(rank: int, modules: list[str], folder: str, ranks: int) -> None:
     results: dict[str, float | str] = {}
     for module in modules:
         for name, check in importlib.import_module(module).CHECKS.items():
+            title = f"{module}: {name}"
             faulthandler.dump_traceback_later(0.9 * PATIENCE.total_seconds())  # where a rank is that the others wait for
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
-                    results[f"{module}: {name}"] = check(rank)
+                    results[title] = check(rank)
             except Exception:
-                results[f"{module}: {name}"] = traceback.format_exc()
+                results[title] = traceback.format_exc()
             try:
                 dist.barrier()
             except RuntimeError as error:  # what this rank raised may be why the others still wait in the check
-                raise RuntimeError(f"{module}: {name}: alone at its end; it gave {results[f'{module}: {name}']}") from error
+                raise RuntimeError(f"{title}: alone at its end; it gave {results[title]}") from error
     faulthandler.cancel_dump_traceback_later()
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()  # the results of all are there

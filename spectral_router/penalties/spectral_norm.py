@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._precision import at_least_float32, full_precision, keep_precision
 from .formulas import check_targets
 from .groups import as_matrix, by_shape, in_order, total
-from .spectrum import FIXED_SHARE, fixed_start, positive, spectral_values
+from .spectrum import FIXED_SHARE, fixed_start, positive, rows_times, spectral_values
 
 __all__ = ["SpectralNormPenalty"]
 
@@ -122,10 +122,10 @@ class SpectralNormPenalty(nn.Module):
                 v = fixed_start(len(batch), batch.shape[-1], batch)
                 if iterate is not None:
                     v = iterate.to(v) + FIXED_SHARE * v
-                u = _unit(_times(v, batch.mT))
+                u = _unit(rows_times(v, batch.mT))
                 for _ in range((max(_WARM_UP, self.iterations) if iterate is None else self.iterations) - 1):
-                    u = _unit(_times(_unit(_times(u, batch)), batch.mT))
-            image = _times(u, batch)  # backward needs u only: no copy of the weights is kept for it
+                    u = _unit(rows_times(_unit(rows_times(u, batch)), batch.mT))
+            image = rows_times(u, batch)  # backward needs u only: no copy of the weights is kept for it
             v = _unit(image.detach())
             if self._advances():
                 kept = v.nan_to_num(0, 0, 0)  # of what is not finite; the next start is then the fixed one
@@ -160,11 +160,6 @@ class SpectralNormPenalty(nn.Module):
 
     def extra_repr(self) -> str:
         return f"sigma_target={self.sigma_target}, power={self.power}, solver={self.solver!r}, iterations={self.iterations}"
-
-
-def _times(rows: Tensor, batch: Tensor) -> Tensor:
-    """(B, m), (B, m, n) -> (B, n). As rows: batches of matrix times column take many times as long on a CPU."""
-    return (rows[:, None, :] @ batch)[:, 0]
 
 
 def _unit(vectors: Tensor) -> Tensor:

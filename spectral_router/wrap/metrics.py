@@ -22,15 +22,16 @@ def measure(recorder: Recorder) -> dict[str, dict[str, float]]:
     weights = [full_weight(gate).detach() for gate in recorder.gates]
     penalties = _penalties(recorder, weights)
     drifts = _drifts(recorder, weights)
+    measured = any(share is not None for share in recorder.shares)  # there has been a forward
     report = {}
     for index, (gate, weight, penalty) in enumerate(zip(recorder.gates, weights, penalties, strict=True)):
         row = {"sigma_max": spectral_norm(weight).item(), "stable_rank": stable_rank(weight).item(), "penalty": penalty}
         row |= {"sigma_drift": drifts[index][0], "rank_drift": drifts[index][1]}
-        row |= _of_share(recorder.shares.get(index))
-        if any(share is not None for share in recorder.shares.values()):
-            balance = recorder.balances.get(index)
+        row |= _of_share(recorder.shares[index])
+        if measured:
+            balance = recorder.balances[index]
             row["loss"] = recorder.penalty_coef * penalty + recorder.balance_coef * (0.0 if balance is None else balance.item())
-        else:  # before the first forward
+        else:
             row["loss"] = math.nan
         report[gate.name] = row
     return report

@@ -37,9 +37,9 @@ class Objective:
         self.penalty_coef = penalty_coef
         self.balance_coef = balance_coef
         # of the last training forward, by gate: mean probability of each expert, and the balance loss without coefficient.
-        # Every gate has its key from the start: compiled code is compiled anew where a dictionary gets another one
-        self.shares: dict[int, Tensor | None] = dict.fromkeys(range(len(gates)))
-        self.balances: dict[int, Tensor | None] = dict.fromkeys(range(len(gates)))
+        # Every gate has its place from the start: code is compiled anew where there is another one
+        self.shares: list[Tensor | None] = [None] * len(gates)
+        self.balances: list[Tensor | None] = [None] * len(gates)
         self.ties = tied(gates)  # numbers of the gates that share a matrix, for each matrix
 
     @property
